@@ -1,0 +1,221 @@
+"""The kernels on a CPU: tiles of half a million elements that stay in a core's cache, so a weight is read once a pass.
+
+Delta is never stored: a tile is widened to float32, subtracted, multiplied and forgotten. The tiles are a function of
+the shape alone, each sum is taken in tile order, and no tile is split between threads, so the bits do not depend on
+how `run` spreads the tasks. Every task must find torch at one thread (`torch.set_num_threads(1)`).
+
+One thread of an AMD EPYC (Zen 4), 4096 x 4096 bf16, 16 columns: 5.6 ms to form the tiles, 13 ms with the product;
+contiguous rows matter most (tiles of 256 x 2048 take 19 ms). `benchmarks/bench_kernels.py` measures it again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .random_words import words16
+
+Run = Callable[[Callable[[int], None], int], None]  # run(task, count): task(0) ... task(count - 1), anywhere, any order
+
+TILE_ELEMENTS = 1 << 19
+WIDE = 1 << 15  # rows longer than this are cut
+CHUNK_TILES = 8  # row tiles that one task of delta_rmatmul sums in place
+MAX_CHUNKS = 32  # partial sums of one delta_rmatmul
+
+
+def in_order(task: Callable[[int], None], count: int) -> None:
+    """The simplest `Run`: one after the other, here."""
+    for i in range(count):
+        task(i)
+
+
+def tiling(m: int, n: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of an (m, n) matrix: whole rows, unless they are longer than 32768."""
+    columns = n if n <= WIDE else max(WIDE // 2, min(n, TILE_ELEMENTS // max(m, 1)))
+    return max(1, min(m, TILE_ELEMENTS // max(columns, 1))), columns
+
+
+_local = threading.local()
+
+
+def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """This thread's reusable buffer `slot`; fresh memory costs more in page faults than the arithmetic."""
+    buffers: dict[tuple[int, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get((slot, dtype))
+    if buffer is None or buffer.numel() < shape.numel():
+        buffer = buffers[slot, dtype] = torch.empty(max(shape.numel(), TILE_ELEMENTS), dtype=dtype)
+    return buffer[: shape.numel()].view(shape)
+
+
+def _difference(w1: Tensor, w0: Tensor, scale: float) -> Tensor:
+    """(w1 - w0) * scale in float32, scale a power of two; exact but for the one rounding of the difference."""
+    wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
+    a, b = scratch(0, w1.shape, wide), scratch(1, w1.shape, wide)
+    a.copy_(w1)
+    b.copy_(w0)
+    if scale != 1.0:
+        a.mul_(scale)
+        b.mul_(scale)
+    a.sub_(b)
+    return a if wide == torch.float32 else scratch(2, w1.shape, torch.float32).copy_(a)
+
+
+def delta_matmul(
+    w1: Tensor,
+    w0: Tensor,
+    x: Tensor,
+    *,
+    scale: float = 1.0,
+    squares: list[float] | None = None,
+    run: Run = in_order,
+) -> Tensor:
+    """(W1 - W0) * scale @ X: weights (m, n) of any float dtypes, x (n, l) float32 -> (m, l) float32.
+
+    `squares`, if given, receives the sum of squares of each row tile of the difference, in tile order. Moves the
+    weights once.
+    """
+    _check(w1, w0)
+    m, n = w1.shape
+    rows, columns = tiling(m, n)
+    out = torch.empty(m, x.shape[1])
+    count = -(-m // rows)
+    sums = [0.0] * count
+
+    def task(i: int) -> None:
+        band = slice(i * rows, min((i + 1) * rows, m))
+        for j in range(0, n, columns):
+            part = slice(j, j + columns)
+            tile = _difference(w1[band, part], w0[band, part], scale)
+            torch.addmm(out[band], tile, x[part], beta=0 if j == 0 else 1, out=out[band])
+            if squares is not None:
+                sums[i] += float(torch.linalg.vector_norm(tile, dim=1).double().square().sum())
+
+    run(task, count)
+    if squares is not None:
+        squares.extend(sums)
+    return out
+
+
+def delta_rmatmul(w1: Tensor, w0: Tensor, y: Tensor, *, scale: float = 1.0, run: Run = in_order) -> Tensor:
+    """(W1 - W0).T * scale @ Y: weights (m, n) of any float dtypes, y (m, l) float32 -> (n, l) float32.
+
+    A task sums `Y.T @ tile` in place over eight or more row tiles; at most 32 such sums are kept and added in order.
+    Moves the weights once. The result is a transposed view: its rows are not contiguous.
+    """
+    _check(w1, w0)
+    m, n = w1.shape
+    rows, columns = tiling(m, n)
+    tiles = -(-m // rows)
+    span = rows * max(CHUNK_TILES, -(-tiles // MAX_CHUNKS))
+    chunks, parts = -(-m // span), -(-n // columns)
+    sums = torch.empty(chunks, y.shape[1], n)
+
+    def task(i: int) -> None:
+        chunk, part = divmod(i, parts)
+        across = slice(part * columns, min((part + 1) * columns, n))
+        out = sums[chunk, :, across]
+        for top in range(chunk * span, min((chunk + 1) * span, m), rows):
+            band = slice(top, min(top + rows, m))
+            tile = _difference(w1[band, across], w0[band, across], scale)
+            torch.addmm(out, y[band].T, tile, beta=0 if top == chunk * span else 1, out=out)
+
+    run(task, chunks * parts)
+    total = sums[0]
+    for partial in sums[1:]:
+        total += partial
+    return total.T
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """What rounding left of an update: `<rounded - W1, update>` and `|update|^2`; not finite if an output is not."""
+
+    dot: float
+    square: float
+
+
+def lowrank_update(
+    w1: Tensor, us: Tensor, vh: Tensor, out: Tensor, *, key: tuple[int, int] | None = None, first: int = 0
+) -> Retained:
+    """round(W1 + US @ Vh) into `out`, for one block: w1 and out (r, c) of one dtype, us (r, k), vh (k, c).
+
+    The factors are float32, or float64 for float64 weights. Rounds once: to nearest, or stochastically where `key`
+    is given and the dtype is bfloat16 or float16; `first` is the index in the tensor of the block's first element
+    (its elements are consecutive).
+    """
+    wide = us.dtype
+    update = torch.mm(us, vh, out=scratch(1, w1.shape, wide))
+    base = scratch(0, w1.shape, wide).copy_(w1)
+    total = torch.add(base, update, out=scratch(2, w1.shape, wide))
+    return _round(base, update, total, out, key, first)
+
+
+def fullrank_update(
+    w1: Tensor, w0: Tensor, alpha: float, out: Tensor, *, key: tuple[int, int] | None = None, first: int = 0
+) -> Retained:
+    """round(W1 + alpha * (W1 - W0)) into `out`, for one block; arguments as in `lowrank_update`."""
+    wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
+    base = scratch(0, w1.shape, wide).copy_(w1)
+    update = scratch(1, w1.shape, wide).copy_(w0)
+    torch.sub(base, update, out=update).mul_(alpha)
+    total = torch.add(base, update, out=scratch(2, w1.shape, wide))
+    return _round(base, update, total, out, key, first)
+
+
+def _round(
+    base: Tensor, update: Tensor, total: Tensor, out: Tensor, key: tuple[int, int] | None, first: int
+) -> Retained:
+    """Round `total` into `out` and measure what is left of `update`. Overwrites `total`."""
+    if key is None or out.dtype not in (torch.bfloat16, torch.float16):
+        _nearest(total, out)
+    else:
+        words = words16(first, total.numel(), key).reshape(total.shape)
+        (_stochastic_bf16 if out.dtype == torch.bfloat16 else _stochastic_fp16)(total, words, out)
+    total.copy_(out).sub_(base)
+    flat = update.view(-1)
+    return Retained(float(torch.dot(total.view(-1), flat)), float(torch.dot(flat, flat)))
+
+
+def _nearest(total: Tensor, out: Tensor) -> None:
+    """Round to nearest, ties to even, once.
+
+    torch takes float64 to 16 bits through float32. Rounding to odd on the way there keeps the second rounding right:
+    where the float32 is not exact and even, it steps to its odd neighbour on the side of the true value.
+    """
+    if total.dtype == torch.float64 and out.dtype in (torch.bfloat16, torch.float16):
+        near = total.float()
+        toward = torch.where(total > near.double(), torch.inf, -torch.inf).float()
+        inexact = near.double() != total
+        even = (near.view(torch.int32) & 1) == 0
+        out.copy_(torch.where(inexact & even & near.isfinite(), torch.nextafter(near, toward), near))
+    else:
+        out.copy_(total)
+
+
+def _stochastic_bf16(total: Tensor, words: np.ndarray, out: Tensor) -> None:
+    """Add 16 random bits below bfloat16's last place and cut: up with the probability of the fraction cut off."""
+    bits = total.float().numpy().view(np.uint32)
+    finite = np.isfinite(bits.view(np.float32))
+    bits = np.where(finite, bits + words, bits)
+    out.copy_(torch.from_numpy((bits & np.uint32(0xFFFF0000)).view(np.float32)))
+
+
+def _stochastic_fp16(total: Tensor, words: np.ndarray, out: Tensor) -> None:
+    """The same for float16, whose last place is 2^(e - 10) and 2^-24 below 2^-14."""
+    value = total.double().numpy()
+    _, exponent = np.frexp(value)
+    place = np.ldexp(1.0, np.maximum(exponent - 1, -14) - 10)
+    with np.errstate(invalid="ignore"):
+        rounded = np.floor(value / place + words * 2.0**-16) * place
+    out.copy_(torch.from_numpy(rounded))
+
+
+def _check(w1: Tensor, w0: Tensor) -> None:
+    assert w1.ndim == 2, "a weight is a matrix here"
+    assert w1.shape == w0.shape, f"aligned is {tuple(w1.shape)}, base is {tuple(w0.shape)}"
+    assert w1.stride(1) == 1 or w1.shape[1] == 1, "rows have to be contiguous"

@@ -1,0 +1,67 @@
+"""lox-stream: low-rank extrapolation (LoX) of LLM weights, streamed.
+
+    W_out = W_aligned + alpha * Proj_k(W_aligned - W_base)
+
+`plan` looks at two checkpoints and decides, `extrapolate` writes the result, `stream` yields it tensor by tensor.
+Names are loaded when they are first used: importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lox_stream.api import Progress, Summary, execute, extrapolate, stream
+    from lox_stream.errors import (
+        Cancelled,
+        CheckpointError,
+        DataError,
+        DeviceError,
+        LoxError,
+        MemoryBudgetError,
+        OptionError,
+        OutputError,
+        ResumeError,
+    )
+    from lox_stream.options import Options
+    from lox_stream.planning import Plan, Step, plan
+    from lox_stream.svd import TruncatedSVD, truncated_svd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "DataError",
+    "DeviceError",
+    "LoxError",
+    "MemoryBudgetError",
+    "OptionError",
+    "Options",
+    "OutputError",
+    "Plan",
+    "Progress",
+    "ResumeError",
+    "Step",
+    "Summary",
+    "TruncatedSVD",
+    "execute",
+    "extrapolate",
+    "plan",
+    "stream",
+    "truncated_svd",
+]
+_MODULES = {
+    "api": ("Progress", "Summary", "execute", "extrapolate", "stream"),
+    "options": ("Options",),
+    "planning": ("Plan", "Step", "plan"),
+    "svd": ("TruncatedSVD", "truncated_svd"),
+}
+_HOME = dict.fromkeys(__all__, "errors") | {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lox_stream.{_HOME[name]}"), name)

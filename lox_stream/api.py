@@ -1,0 +1,229 @@
+"""The library: `extrapolate` writes a checkpoint, `stream` yields its tensors with nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lox_stream.device import check_device
+from lox_stream.documents import documents
+from lox_stream.facts import TensorFacts
+from lox_stream.manifest import Totals, totals
+from lox_stream.matching import Step
+from lox_stream.options import Options, check_platform
+from lox_stream.pipeline import Finished, compute
+from lox_stream.planning import DEFAULTS, Plan, plan
+from lox_stream.reader import TORCH_DTYPES
+from lox_stream.writer import Output
+
+LOW_RETENTION = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. Bytes are of the aligned checkpoint's tensors."""
+
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int  # of done_bytes, what an earlier session had finished
+    done_tensors: int
+    total_tensors: int
+    working: tuple[str, ...]  # names of the tensors in work
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished run did."""
+
+    out: Path
+    totals: Totals
+    elapsed_s: float
+    read_bytes: int  # of both inputs, this session
+    written_bytes: int  # this session
+    warnings: tuple[str, ...]  # complete messages
+
+
+def extrapolate(
+    base: str | Path,
+    aligned: str | Path,
+    out: str | Path,
+    *,
+    options: Options = DEFAULTS,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Summary:
+    """Write W_aligned + alpha * Proj_k(W_aligned - W_base) to the folder `out`.
+
+    `progress` is called from this thread several times a second. Setting `cancel` raises Cancelled within about a
+    second; the folder can then be resumed. Raises LoxError of some kind for everything that is wrong with inputs,
+    options or the output folder, before anything is written where planning can know it.
+
+        from lox_stream import Options, extrapolate
+
+        summary = extrapolate("base", "aligned", "out", options=Options(rank=6, alpha=1.25))
+        print(summary.totals.retention)
+    """
+    made = plan(base, aligned, out, options=options, resume=resume, overwrite=overwrite)
+    return execute(made, resume=resume, overwrite=overwrite, progress=progress, cancel=cancel)
+
+
+def execute(
+    plan: Plan,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Summary:
+    """Carry out a plan that has a folder; arguments as for `extrapolate`."""
+    check_platform()
+    check_device(plan.options)
+    started = time.monotonic()
+    cancel = cancel or threading.Event()
+    with Output(plan, resume=resume, overwrite=overwrite) as output:
+        steps = [step for step in plan.steps if step.name not in output.finished]
+        report = _Reporter(plan, steps, progress, started)
+        with contextlib.closing(
+            compute(steps, lambda step: output.place(step.name), plan.options, stop=cancel)
+        ) as events:
+            report(())
+            for event in events:
+                if isinstance(event, Finished):
+                    output.done(event.facts)
+                    report.count(event.step)
+                    report(())
+                else:
+                    report(event.working)
+        warnings = (*plan.warnings, *output.warnings, *run_warnings(output.finished.values(), plan.options))
+        elapsed_s = time.monotonic() - started
+        output.publish(
+            documents(plan, output.finished, elapsed_s=elapsed_s, sessions=output.sessions, warnings=warnings)
+        )
+        return Summary(
+            out=output.folder,
+            totals=totals(output.finished.values()),
+            elapsed_s=time.monotonic() - started,
+            read_bytes=sum(s.aligned.n_bytes + (s.base.n_bytes if s.base else 0) for s in steps),
+            written_bytes=sum(s.aligned.n_bytes for s in steps),
+            warnings=warnings,
+        )
+
+
+class _Reporter:
+    """Counts what is finished and calls the caller's `progress`."""
+
+    def __init__(
+        self, plan: Plan, steps: list[Step], progress: Callable[[Progress], None] | None, started: float
+    ) -> None:
+        self.progress, self.started = progress, started
+        self.total_bytes = sum(step.aligned.n_bytes for step in plan.steps)
+        self.total_tensors = len(plan.steps)
+        self.resumed_bytes = self.total_bytes - sum(step.aligned.n_bytes for step in steps)
+        self.done_bytes = self.resumed_bytes
+        self.done_tensors = len(plan.steps) - len(steps)
+
+    def count(self, step: Step) -> None:
+        self.done_bytes += step.aligned.n_bytes
+        self.done_tensors += 1
+
+    def __call__(self, working: tuple[str, ...]) -> None:
+        if self.progress is not None:
+            self.progress(
+                Progress(
+                    self.done_bytes,
+                    self.total_bytes,
+                    self.resumed_bytes,
+                    self.done_tensors,
+                    self.total_tensors,
+                    working,
+                    time.monotonic() - self.started,
+                )
+            )
+
+
+def run_warnings(finished: object, options: Options) -> tuple[str, ...]:
+    """What a person should know of the finished tensors, each a complete message."""
+    rows: list[TensorFacts] = sorted(finished, key=lambda facts: facts.name)  # type: ignore[call-overload]
+    total = totals(rows)
+    warnings = [notice for facts in rows for notice in facts.notices]
+    if len(warnings) > 6:
+        warnings = [*warnings[:5], f"... and {len(warnings) - 5} more tensors like these; the manifest names them all"]
+    if total.retention is not None and total.retention < LOW_RETENTION and options.rounding == "nearest":
+        warnings.append(
+            f"only {total.retention:.0%} of the update survives the rounding to the output's dtype: most of its "
+            "elements are smaller than half a step. Keep all of it on average with --rounding stochastic"
+        )
+    if total.not_unique:
+        warnings.append(
+            f"{len(total.not_unique)} tensors have no gap after singular value {options.rank}: their rank-"
+            f"{options.rank} part is one of many equally good ones ({total.not_unique[0]}, ...)"
+        )
+    if total.not_converged:
+        warnings.append(
+            f"{len(total.not_converged)} tensors did not reach the tolerance {options.tolerance:g} "
+            f"({total.not_converged[0]}, ...). Check them with --svd exact, or choose another rank"
+        )
+    return tuple(warnings)
+
+
+class _Memory:
+    """A target that is a tensor of its own."""
+
+    def __init__(self, step: Step) -> None:
+        self.info = step.aligned
+        self.data = torch.empty(step.aligned.n_bytes, dtype=torch.uint8)
+        self._view = self.data.numpy().data
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._view[offset : offset + data.nbytes] = data.cast("B")
+
+    def checksum(self) -> str:
+        return ""  # nobody reads it from a file again
+
+    def tensor(self) -> Tensor:
+        """In its own dtype and shape; plain bytes where torch has no such dtype."""
+        dtype = TORCH_DTYPES.get(self.info.dtype)
+        return self.data if dtype is None else self.data.view(dtype).view(self.info.shape)
+
+
+def stream(
+    base: str | Path,
+    aligned: str | Path,
+    *,
+    options: Options = DEFAULTS,
+    cancel: threading.Event | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the extrapolated checkpoint in the order of its files, with nothing written.
+
+    The tensors hold the very bytes that `extrapolate` writes. Problems are raised here, before the first tensor;
+    closing the generator stops the work. Tensors that wait for the caller count towards `options.memory_bytes`.
+
+        from lox_stream import stream
+
+        model.load_state_dict(dict(stream("base", "aligned")), strict=False)
+    """
+    check_platform()
+    check_device(options)
+    made = plan(base, aligned, options=options)
+    return _stream(made, cancel or threading.Event())
+
+
+def _stream(plan: Plan, cancel: threading.Event) -> Iterator[tuple[str, Tensor]]:
+    events = compute(
+        plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=lambda step: step.aligned.n_bytes
+    )
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Finished):
+                assert isinstance(event.target, _Memory), "the only target made here"
+                yield event.step.name, event.target.tensor()

@@ -1,0 +1,43 @@
+"""What a tensor costs in memory, known from its shape alone. Plans refuse with it, the solver sizes itself by it."""
+
+from __future__ import annotations
+
+TILE_ELEMENTS = 1 << 19  # a tile in float32 is 2 MiB: two of them and the factors stay in a core's cache
+BASIS_COLUMNS = 512
+
+
+def block_width(m: int, n: int, rank: int) -> int:
+    """Columns of a Krylov block: ten more than the rank, in whole vectors of eight."""
+    return min(-(-(rank + 10) // 8) * 8, m, n)
+
+
+def basis_columns(m: int, n: int, rank: int) -> int:
+    """Vectors that either basis may hold: 512, or eight blocks where blocks are wide; never more than a side has."""
+    width = block_width(m, n, rank)
+    return min(max(BASIS_COLUMNS, 8 * width), min(m, n) + width)
+
+
+def solver_bytes(m: int, n: int, rank: int) -> int:
+    """Most bytes that the randomized solver holds: two bases, the blocks in work in both precisions, partial sums of
+    a backward product (32 at most), and the small projections."""
+    width, columns = block_width(m, n, rank), basis_columns(m, n, rank)
+    blocks = (m + n) * width * (4 * 3 + 8 * 2)
+    return (m + n) * columns * 4 + blocks + 33 * n * width * 4 + 6 * columns * columns * 8
+
+
+def exact_bytes(m: int, n: int) -> int:
+    """Most bytes of a full SVD in float64: delta, a working copy, both factors, and LAPACK's workspace."""
+    short = min(m, n)
+    return 8 * (2 * m * n + (m + n) * short + 8 * short * short)
+
+
+def step_bytes(m: int, n: int, rank: int, svd: str, dtype: str = "") -> int:
+    """Most bytes of our own that one matrix needs while it is in work, the threads' tiles not counted."""
+    if rank == 0 or rank >= min(m, n):
+        return 0
+    return exact_bytes(m, n) if svd == "exact" else solver_bytes(m, n, rank)
+
+
+def thread_bytes(threads: int) -> int:
+    """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, and one out."""
+    return threads * 12 * TILE_ELEMENTS * 4

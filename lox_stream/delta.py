@@ -1,0 +1,103 @@
+"""delta = W1 - W0 as an operator over two weights that stay where they are."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lox_stream.errors import DataError
+from lox_stream.kernels import delta_matmul, delta_rmatmul, tiling
+from lox_stream.kernels.cpu import Run
+
+SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
+
+
+class NotFinite(DataError):
+    """A weight holds NaN or Inf."""
+
+
+class Delta:
+    """(W1 - W0) * scale: two (m, n) weights of any float dtypes, multiplied tile by tile in float32.
+
+    `scale` is a power of two, chosen so that the products neither overflow nor vanish: from `rms`, a guess of an
+    entry's size, and again from the true largest entry if the first product shows that the guess was bad. Divide
+    singular values by it. The sum of squares is taken in the first product. Raises NotFinite from that product.
+    """
+
+    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
+        self.w1, self.w0 = w1, w0
+        self.run = run
+        self.passes = 0
+        self.scale = _power_of_two(rms)
+        self._squares: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1.shape[0], self.w1.shape[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self._squares is not None:
+            return delta_matmul(self.w1, self.w0, x, scale=self.scale, run=self.run)
+        product = self._first(x)
+        if not SANE[0] < self.squared_norm() < SANE[1]:
+            largest = largest_entry(self.w1, self.w0, self.run)
+            if largest > 0:
+                self.passes += 2
+                self.scale = _power_of_two(largest)
+                product = self._first(x)
+        return product
+
+    def _first(self, x: Tensor) -> Tensor:
+        squares: list[float] = []
+        product = delta_matmul(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
+        self._squares = math.fsum(squares) if all(map(math.isfinite, squares)) else math.inf
+        return product
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        self.passes += 1
+        return delta_rmatmul(self.w1, self.w0, y, scale=self.scale, run=self.run)
+
+    def squared_norm(self) -> float:
+        """|delta * scale|_F^2, known after the first product."""
+        assert self._squares is not None, "no product was taken yet"
+        return self._squares
+
+
+def largest_entry(w1: Tensor, w0: Tensor, run: Run) -> float:
+    """max |W1 - W0| in float64, or NotFinite with the first bad index. A slow path: weights that are unusual."""
+    rows, columns = tiling(*w1.shape)
+    count = -(-w1.shape[0] // rows)
+    largest = [0.0] * count
+
+    def task(i: int) -> None:
+        band = slice(i * rows, (i + 1) * rows)
+        for j in range(0, w1.shape[1], columns):
+            part = slice(j, j + columns)
+            tile = w1[band, part].double().sub_(w0[band, part].double()).abs_()
+            largest[i] = max(largest[i], float(tile.nan_to_num(math.inf).max()))
+
+    run(task, count)
+    if math.inf in largest:
+        band = slice(largest.index(math.inf) * rows, None)
+        raise NotFinite(first_not_finite(w1[band], w0[band], band.start))
+    return max(largest)
+
+
+def first_not_finite(w1: Tensor, w0: Tensor | None, first_row: int = 0) -> str:
+    """Where the first NaN or Inf is, in words: "aligned has nan at [3, 7]"."""
+    for row in range(w1.shape[0]):
+        for side, weight in (("aligned", w1), ("base", w0)):
+            if weight is None or bool(weight[row].isfinite().all()):
+                continue
+            column = int((~weight[row].isfinite()).nonzero()[0, 0])
+            return f"{side} has {float(weight[row, column])} at [{first_row + row}, {column}]"
+    return "the difference of base and aligned is beyond float64"
+
+
+def _power_of_two(size: float) -> float:
+    """1.0 for entries of an ordinary size, else the power of two that brings `size` to about 1."""
+    if not math.isfinite(size) or size == 0.0 or 2.0**-24 < size < 2.0**24:
+        return 1.0
+    return 2.0 ** max(-1000, min(1000, -math.frexp(size)[1]))

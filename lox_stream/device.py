@@ -1,0 +1,25 @@
+"""Which device computes."""
+
+from __future__ import annotations
+
+from lox_stream.errors import DeviceError
+from lox_stream.options import Options
+
+
+def check_device(options: Options) -> None:
+    """Raise DeviceError for a device that cannot be used. "auto" and "cpu" compute on the CPU in this release."""
+    if not options.device.startswith("cuda"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        found = (
+            f"torch {torch.__version__} sees {torch.cuda.get_device_name()}, but this release computes on the CPU only"
+        )
+    elif torch.version.cuda is None:
+        found = f"torch {torch.__version__} was built without CUDA"
+    else:
+        found = (
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; nvidia-smi tells if the driver does"
+        )
+    raise DeviceError(f"--device {options.device}: no usable CUDA GPU: {found}. Compute on the CPU with --device cpu")

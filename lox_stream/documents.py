@@ -1,0 +1,28 @@
+"""The files that stand beside the weights of a finished output: model card, index, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lox_stream.facts import TensorFacts
+from lox_stream.manifest import as_json, corrected_index, manifest, totals
+from lox_stream.model_card import model_card
+from lox_stream.output_rules import MANIFEST, MODEL_CARD
+from lox_stream.planning import Plan
+
+
+def documents(
+    plan: Plan,
+    finished: Mapping[str, TensorFacts],
+    *,
+    elapsed_s: float,
+    sessions: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
+) -> dict[str, bytes]:
+    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest`."""
+    written = {MODEL_CARD: model_card(plan, totals(finished.values()))}
+    if plan.aligned.index_name is not None:
+        written[plan.aligned.index_name] = as_json(corrected_index(plan.aligned))
+    facts = manifest(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings)
+    return written | {MANIFEST: as_json(facts)}

@@ -1,0 +1,48 @@
+"""The errors that lox-stream raises: each says what, found, expected and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoxError(Exception):
+    """Base of all errors of this library; its text is one message for a person."""
+
+
+class OptionError(LoxError):
+    """An option has a value that cannot be obeyed."""
+
+
+class CheckpointError(LoxError):
+    """A checkpoint cannot be read, or base and aligned do not fit each other.
+
+    `problems` holds every problem found, each a complete message.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class OutputError(LoxError):
+    """The output folder cannot be used or written: not empty, locked, full, not permitted."""
+
+
+class ResumeError(OutputError):
+    """The folder holds the state of a run with other inputs or options."""
+
+
+class DataError(LoxError):
+    """The weights themselves are unusable: NaN or Inf, a file that was cut while it was read."""
+
+
+class MemoryBudgetError(LoxError):
+    """A tensor needs more than the memory budget allows."""
+
+
+class DeviceError(LoxError):
+    """The device asked for is not usable."""
+
+
+class Cancelled(LoxError):
+    """The work was stopped on request; the output folder can be resumed."""

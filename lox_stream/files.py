@@ -1,0 +1,156 @@
+"""File calls that survive a crash: space reserved first, bytes synced, names replaced, one writer a folder.
+
+What Linux has and macOS lacks (`posix_fallocate`, `fdatasync`, `posix_fadvise`) is left out there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lox_stream.errors import OutputError
+from lox_stream.output_rules import PARTIAL
+
+CALL_BYTES = 1 << 30  # one write moves at most 2 GiB - 4 KiB on Linux; macOS refuses 2 GiB and more
+COPY_BYTES = 1 << 20
+NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def partial(path: Path) -> Path:
+    """The name that `path` has while it is written."""
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextmanager
+def explained(path: Path, doing: str, way_out: str) -> Iterator[None]:
+    """Turn what the operating system says into an OutputError: `path`: cannot `doing`, why, `way_out`."""
+    try:
+        yield
+    except OSError as error:
+        first = "Free some space, then: " if error.errno in FULL else ""
+        raise OutputError(f"{path}: cannot {doing}: {error.strerror or error}. {first}{way_out}") from error
+
+
+def reserve(fd: int, n_bytes: int) -> None:
+    """Make the file exactly n_bytes long and claim its blocks, keeping what it holds.
+
+    A full disk or a limit raises here (ENOSPC, EDQUOT, EFBIG). Where nothing can be claimed the file is sparse.
+    """
+    os.ftruncate(fd, n_bytes)
+    if n_bytes == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` (a view of bytes) at `offset`, in as many calls as the system needs."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + CALL_BYTES], offset + done)
+
+
+def read_pieces(fd: int, start: int, n_bytes: int) -> Iterator[bytes]:
+    """The bytes [start, start + n_bytes) in pieces of 1 MiB; fewer where the file ends before."""
+    end = start + n_bytes
+    while start < end:
+        piece = os.pread(fd, min(COPY_BYTES, end - start), start)
+        if not piece:
+            return
+        yield piece
+        start += len(piece)
+
+
+def sync_data(fd: int) -> None:
+    """Wait until the file's bytes are on the disk."""
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def start_writing_back(fd: int, start: int, n_bytes: int) -> None:
+    """Let the disk begin with these bytes and do not wait; a hint, nothing where the system has no such call.
+
+    Without it the last `fdatasync` of 1.5 GiB took 0.5 s after the work was done, with it 0.02 s (2 cores, ext4).
+    """
+    call = _sync_file_range()
+    if call is not None and n_bytes > 0:
+        call(fd, ctypes.c_int64(start), ctypes.c_int64(n_bytes), ctypes.c_uint(2))  # 2: SYNC_FILE_RANGE_WRITE
+
+
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+
+
+def drop_cache(fd: int, start: int = 0, n_bytes: int = 0) -> None:
+    """Give the page cache of synced bytes back (n_bytes 0: to the end); a hint, silent where there is none."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.posix_fadvise(fd, start, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, each name synced."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, sync it, rename it to `path`. The folder is for the caller to sync."""
+    with partial(path).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial(path).replace(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of `source` (links followed) as `replace_file` writes; keeps that it may be executed."""
+    with source.open("rb") as file, partial(target).open("wb") as copy:
+        for piece in read_pieces(file.fileno(), 0, os.fstat(file.fileno()).st_size):
+            copy.write(piece)
+        mode = os.fstat(copy.fileno()).st_mode
+        if os.fstat(file.fileno()).st_mode & 0o111:
+            os.fchmod(copy.fileno(), mode | (mode & 0o444) >> 2)
+        copy.flush()
+        os.fsync(copy.fileno())
+    partial(target).replace(target)
+
+
+def lock_folder(path: Path) -> tuple[int, bool]:
+    """Open a folder and take its lock: (the file descriptor that holds it, whether this file system has locks).
+
+    Raises BlockingIOError where another descriptor holds it. The lock ends with the descriptor, so a killed
+    process leaves none behind.
+    """
+    import fcntl  # not on Windows, where this module has to be importable to say so
+
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:  # NFS refuses a descriptor that is not open for writing, and a folder cannot be
+        return fd, False
+    return fd, True

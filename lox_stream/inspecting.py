@@ -1,0 +1,157 @@
+"""What a checkpoint holds and what `run` would do with each tensor: the data behind `lox-stream inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from lox_stream.errors import OptionError
+from lox_stream.matching import decide, glob_problems
+from lox_stream.names import matches, pattern_of
+from lox_stream.options import Options, check_options
+from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
+from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
+
+_DEFAULTS = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    shard: str
+    group: str  # the name with its numbers as stars
+    action: str  # "extrapolate" | "copy" | "refuse"
+    reason: str  # as in a plan; for "refuse" the quantisation scheme or the dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors whose names differ in numbers only: the layers of one module."""
+
+    pattern: str
+    count: int
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    n_bytes: int
+    actions: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint in numbers."""
+
+    path: Path
+    n_shards: int
+    architecture: str | None  # from config.json
+    n_elements: int
+    n_bytes: int
+    bytes_by_dtype: dict[str, int]
+    bytes_by_action: dict[str, int]
+    rows: tuple[Row, ...]  # by shard and offset
+    groups: tuple[Group, ...]  # in the order of their first tensor
+    tied: dict[str, str]  # name -> the name that holds its weights, stored or not
+    says_tied: bool | None  # tie_word_embeddings of config.json
+    quantisation: dict[str, int]  # scheme -> tensors
+    quantisation_method: str | None  # from config.json
+    companions: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspection:
+    """Look at a checkpoint's headers; raises CheckpointError where it cannot be read, OptionError for the globs.
+
+    What `run` does with a tensor is said from this side alone: a base that lacks it is another matter.
+    """
+    check_options(options)
+    checkpoint = open_checkpoint(path)
+    problems = glob_problems(checkpoint, options)
+    if problems:
+        raise OptionError("\n".join(problems))
+    schemes = quantised_tensors(checkpoint)
+    rows = tuple(
+        _row(tensor, shard.name, options, schemes.get(tensor.name))
+        for shard in checkpoint.shards
+        for tensor in shard.tensors
+    )
+    architectures = checkpoint.config.get("architectures")
+    return Inspection(
+        path=checkpoint.root,
+        n_shards=len(checkpoint.shards),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        n_elements=sum(prod(row.shape) for row in rows),
+        n_bytes=sum(row.n_bytes for row in rows),
+        bytes_by_dtype=_sums((row.dtype, row.n_bytes) for row in rows),
+        bytes_by_action=_sums((row.action, row.n_bytes) for row in rows),
+        rows=rows,
+        groups=_groups(rows),
+        tied=tied_weights(checkpoint),
+        says_tied=says_tied(checkpoint.config),
+        quantisation=_sums((scheme, 1) for scheme in schemes.values()),
+        quantisation_method=quantisation_method(checkpoint.config),
+        companions=checkpoint.companions,
+        warnings=checkpoint.warnings,
+    )
+
+
+def inspection_summary(inspection: Inspection) -> dict[str, Any]:
+    """The same as JSON-able data, with the fields' names as keys."""
+    data = asdict(inspection)
+    data["path"] = str(inspection.path)
+    data["companions"] = [path.as_posix() for path in inspection.companions]
+    return data
+
+
+def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Each tied name and the stored name that holds its weights; a head that is not stored is `lm_head.weight`."""
+    tied = tied_names(checkpoint)
+    heads = [name for name in checkpoint.tensors if matches(name, HEADS)]
+    embeddings = [name for name in checkpoint.tensors if matches(name, EMBEDDINGS)]
+    if says_tied(checkpoint.config) and not heads and embeddings:
+        tied["lm_head.weight"] = embeddings[0]
+    return tied
+
+
+def _row(tensor: TensorInfo, shard_name: str, options: Options, scheme: str | None) -> Row:
+    reason: str = decide(tensor, options)
+    action = "extrapolate" if reason == "matrix" else "copy"
+    if scheme is not None and reason in ("matrix", "integer"):
+        action, reason = "refuse", scheme
+    elif reason == "matrix" and tensor.dtype not in FLOATS:
+        action, reason = "refuse", tensor.dtype
+    group = pattern_of(tensor.name)
+    return Row(tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes, shard_name, group, action, reason)
+
+
+def _groups(rows: Iterable[Row]) -> tuple[Group, ...]:
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        members.setdefault(row.group, []).append(row)
+    return tuple(
+        Group(
+            pattern,
+            len(group),
+            tuple(dict.fromkeys(row.dtype for row in group)),
+            tuple(dict.fromkeys(row.shape for row in group)),
+            sum(row.n_bytes for row in group),
+            tuple(dict.fromkeys(row.action for row in group)),
+            tuple(dict.fromkeys(row.reason for row in group)),
+        )
+        for pattern, group in members.items()
+    )
+
+
+def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for key, value in pairs:
+        sums[key] = sums.get(key, 0) + value
+    return sums

@@ -1,0 +1,196 @@
+"""The journal of a run: which tensors are finished, so that a killed run goes on where it stopped.
+
+JSON lines. The first says what is run (format, versions, options, inputs); then one line per session that worked
+on it, and one per finished tensor, appended only after that tensor's bytes were synced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lox_stream import files
+from lox_stream.checkpoint import Checkpoint
+from lox_stream.errors import ResumeError
+from lox_stream.facts import MatrixFacts, TensorFacts
+from lox_stream.names import listing
+from lox_stream.options import Options
+from lox_stream.output_rules import JOURNAL
+from lox_stream.planning import Plan
+
+FORMAT = 1
+FREE_OPTIONS = ("device", "memory_bytes", "threads")  # no byte of the output depends on them
+REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a journal says: what is run, the sessions so far, and the finished tensors."""
+
+    header: dict[str, Any]
+    sessions: tuple[dict[str, Any], ...]
+    finished: dict[str, TensorFacts]
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities become None, tuples become lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def version(package: str) -> str:
+    """The installed version of a package, without importing it; "unknown" where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def tensor_facts(record: Mapping[str, Any]) -> TensorFacts:
+    """The facts that `asdict` and JSON made `record` of; a number that JSON could not hold is NaN again."""
+    matrices = tuple(_matrix_facts(matrix) for matrix in record["matrices"])
+    known = {field.name: record[field.name] for field in fields(TensorFacts)}
+    return TensorFacts(**(known | {"matrices": matrices, "notices": tuple(record["notices"])}))
+
+
+def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
+    known = {field.name: record[field.name] for field in fields(MatrixFacts)}
+    for name in REQUIRED_FLOATS:
+        known[name] = math.nan if known[name] is None else known[name]
+    for name in ("singular_values", "radius"):
+        known[name] = tuple(math.nan if value is None else value for value in known[name])
+    return MatrixFacts(**known)
+
+
+def byte_options(options: Options) -> dict[str, Any]:
+    """The options that the bytes of the output depend on."""
+    return {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """The first line of the journal of `plan`: what has to be the same for a run to be resumed."""
+    return {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("lox-stream", "torch")},
+        "options": byte_options(plan.options),
+        "inputs": {"base": _shards(plan.base), "aligned": _shards(plan.aligned)},
+    }
+
+
+def _shards(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        shard.name: {"size": shard.size_bytes, "header": shard.header_hash, "mtime_ns": shard.mtime_ns}
+        for shard in checkpoint.shards
+    }
+
+
+def session() -> dict[str, Any]:
+    """The record of this process."""
+    return {"session": os.getpid(), "host": socket.gethostname(), "time": datetime.now(UTC).isoformat("T", "seconds")}
+
+
+def replay(folder: Path) -> Replay | None:
+    """Read the journal of a folder, None without one. Ends quietly at a torn line: what follows is done again.
+
+    Raises ResumeError for a journal of a newer format and for one that is not ours.
+    """
+    path = folder / JOURNAL
+    if not path.exists():
+        return None
+    with files.explained(path, "read the journal", "Check the permissions of the folder and its disk."):
+        lines = path.read_bytes().split(b"\n")[:-1]  # what has no newline was torn
+    records = list(_records(lines))
+    if not records or not isinstance(records[0].get("format"), int):
+        raise ResumeError(f"{path}: is not a journal of lox-stream, or damaged. Start again with --overwrite")
+    if records[0]["format"] > FORMAT:
+        raise ResumeError(
+            f"{path}: the journal has format {records[0]['format']}, this lox-stream reads up to {FORMAT}. "
+            "Resume with the newer lox-stream that began the run, or start again with --overwrite"
+        )
+    try:
+        tensors = [tensor_facts(record["tensor"]) for record in records if "tensor" in record]
+    except (KeyError, TypeError) as error:
+        raise ResumeError(f"{path}: the journal is damaged ({error!r}). Start again with --overwrite") from error
+    sessions = tuple(record for record in records if "session" in record)
+    return Replay(records[0], sessions, {facts.name: facts for facts in tensors})
+
+
+def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(record, dict):
+            return
+        yield record
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What forbids to go on with the run of identity `old` as `new`, and what is only worth a warning."""
+    refused = [
+        f"--{name.replace('_', '-')} is {new['options'][name]!r}, the run began with {value!r}"
+        for name, value in old["options"].items()
+        if value != new["options"].get(name)
+    ]
+    warned = [
+        f"{name} is {new['versions'].get(name)}, the run began with {value}: the last bits may differ"
+        for name, value in old["versions"].items()
+        if value != new["versions"].get(name)
+    ]
+    for side in ("base", "aligned"):
+        before, now = old["inputs"][side], new["inputs"][side]
+        if sorted(before) != sorted(now):
+            refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
+            continue
+        for name, was in before.items():
+            changed = [key for key in ("size", "header") if was[key] != now[name][key]]
+            if changed:
+                refused.append(f"{side} {name}: {' and '.join(changed)} differ from those the run began with")
+            elif was["mtime_ns"] != now[name]["mtime_ns"]:
+                warned.append(f"{side} {name}: was modified since the run began; size and header are the same")
+    return refused, warned
+
+
+class Journal:
+    """The journal while it is written. Every method raises OSError as the system gives it."""
+
+    def __init__(self, folder: Path, before: Replay) -> None:
+        """Begin with what `before` holds and end no older journal until the new one is synced."""
+        self.path = folder / JOURNAL
+        lines = [before.header, *before.sessions, *({"tensor": asdict(facts)} for facts in before.finished.values())]
+        files.replace_file(self.path, b"".join(map(_line, lines)))
+        files.sync_folder(folder)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, finished: Sequence[TensorFacts]) -> None:
+        """Record tensors whose bytes are synced, and sync the record."""
+        data = b"".join(_line({"tensor": asdict(facts)}) for facts in finished)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """Delete the file: the run is finished. The folder is for the caller to sync."""
+        self.path.unlink(missing_ok=True)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(finite(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,210 @@
+"""Pairs the two catalogues by name and decides what happens to each tensor of the aligned checkpoint, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.names import listing, matches, near_misses, pattern_of, printable, unmatched
+from lox_stream.options import Options
+from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
+from lox_stream.ties import says_tied, tied_names, tied_partner
+
+Reason = Literal["matrix", "vector", "integer", "skipped", "alpha 0", "empty"]
+_MANY = 12  # problems of one kind beyond this many become one message
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happens to one tensor of the aligned checkpoint.
+
+    A tensor is a stack of `count` matrices of (m, n): one for two dimensions, c for (c, m, n), and one of
+    (shape[0], all the rest) for four and more.
+    """
+
+    name: str
+    aligned: TensorInfo
+    base: TensorInfo | None  # None when copied
+    action: Literal["extrapolate", "copy"]
+    reason: Reason
+    rank: int = 0  # as the user gave it; 0: full rank, no SVD
+    count: int = 1
+    m: int = 0
+    n: int = 0
+    seed_name: str = ""  # seeds solver and rounding; for a tied copy the other's name, so that both get the same bytes
+
+
+def decide(tensor: TensorInfo, options: Options) -> Reason:
+    """Why a tensor is extrapolated ("matrix") or copied (anything else), from its name, shape and dtype alone."""
+    if (options.only and not matches(tensor.name, options.only)) or matches(tensor.name, options.skip):
+        return "skipped"
+    if options.alpha == 0:
+        return "alpha 0"
+    if prod(tensor.shape) == 0:
+        return "empty"
+    if tensor.dtype in INTEGERS:
+        return "integer"
+    return "matrix" if len(tensor.shape) >= 2 else "vector"
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(count, m, n) of a tensor with two dimensions or more."""
+    if len(shape) == 3:
+        return shape
+    return 1, shape[0], prod(shape[1:])
+
+
+def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tuple[Step, ...], list[str], list[str]]:
+    """Steps in the order of aligned's shards and offsets, all problems, and warnings; complete messages."""
+    reasons = {tensor.name: decide(tensor, options) for shard in aligned.shards for tensor in shard.tensors}
+    pairs, leaders = _pairs(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"])
+    steps = []
+    for name, reason in reasons.items():
+        tensor, seed_name = aligned.tensors[name], leaders.get(name, name)
+        if reason == "matrix":
+            count, m, n = matrix_shape(tensor.shape)
+            steps.append(Step(name, tensor, pairs[name], "extrapolate", reason, options.rank, count, m, n, seed_name))
+        else:
+            steps.append(Step(name, tensor, None, "copy", reason, seed_name=seed_name))
+    problems = [*architecture_problems(base, aligned), *_tie_problems(aligned, pairs)]
+    if options.alpha != 0:
+        problems += _weight_problems(base, aligned, reasons, pairs)
+    return tuple(steps), problems, _warnings(base, aligned, pairs, options)
+
+
+def _pairs(
+    base: Checkpoint, aligned: Checkpoint, names: list[str]
+) -> tuple[dict[str, TensorInfo | None], dict[str, str]]:
+    """The partner in base of each name, and the names of aligned that follow another one they are tied to."""
+    pairs = {name: base.tensors.get(name) or tied_partner(aligned.tensors[name], base) for name in names}
+    leaders = {name: leader for name, leader in tied_names(aligned).items() if name in pairs and leader in pairs}
+    pairs.update({name: pairs[leader] for name, leader in leaders.items()})
+    return pairs, leaders
+
+
+def _weight_problems(
+    base: Checkpoint, aligned: Checkpoint, reasons: Mapping[str, Reason], pairs: Mapping[str, TensorInfo | None]
+) -> list[str]:
+    """Quantised, missing, of another shape, of a dtype that cannot be computed with."""
+    schemes, base_schemes = quantised_tensors(aligned), quantised_tensors(base)
+    used = [name for name, reason in reasons.items() if reason in ("matrix", "integer")]
+    plain = [aligned.tensors[name] for name in pairs if name not in schemes]
+    missing = [tensor.name for tensor in plain if pairs[tensor.name] is None]
+    used_base = dict.fromkeys(partner.name for partner in pairs.values() if partner is not None)
+    return [
+        *quantisation_problems("aligned", aligned, schemes, used),
+        *quantisation_problems("base", base, base_schemes, base_schemes if missing else used_base),
+        *_missing_problems(base, missing),
+        *_shape_problems(plain, pairs),
+        *_dtype_problems(plain, pairs, base_schemes),
+    ]
+
+
+def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
+    """A message for each glob that matches no tensor, with those that may have been meant."""
+    problems = []
+    for option, globs in (("--skip", options.skip), ("--only", options.only)):
+        for glob in unmatched(globs, aligned.tensors):
+            near = near_misses(glob, aligned.tensors) or tuple(dict.fromkeys(map(pattern_of, aligned.tensors)))[:2]
+            hint = f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+            if says_tied(aligned.config) and matches("lm_head.weight", (glob,)):
+                hint = f"The head is tied to the embedding in this model and has no weights of its own. {hint}"
+            problems.append(
+                f"{option} {glob!r} matches no tensor of {printable(aligned.root)}; expected one at least. {hint}"
+            )
+    return problems
+
+
+def architecture_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
+    """The two configs name different architectures."""
+    for key in ("architectures", "model_type"):
+        found, expected = aligned.config.get(key), base.config.get(key)
+        if found and expected and found != expected:
+            return [
+                f"config.json: {key} of aligned is {found!r}, of base {expected!r}; expected the same. Give as base "
+                "the model that aligned was fine-tuned from; if it is and only config.json is wrong, correct it there"
+            ]
+    return []
+
+
+def _tie_problems(aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None]) -> list[str]:
+    """Tied names of which the globs leave only one to be changed."""
+    return [
+        f"{printable(name)} and {printable(leader)} are one tied weight, but --skip or --only leaves only one of them "
+        "to be changed; expected both or none. Name both, or neither"
+        for name, leader in tied_names(aligned).items()
+        if (name in pairs) != (leader in pairs)
+    ]
+
+
+def _missing_problems(base: Checkpoint, names: list[str]) -> list[str]:
+    """One message for all tensors that base lacks, since these are often many."""
+    if not names:
+        return []
+    globs = " ".join(f"--skip '{printable(pattern)}'" for pattern in dict.fromkeys(map(pattern_of, names)))
+    own_name = names[0].split(".")[-2:]
+    alike = [name for name in base.tensors if name.split(".")[-2:] == own_name]
+    near = near_misses(names[0], alike, 1)
+    hint = f" (base has {printable(near[0])!r}: are its names built otherwise?)" if near else ""
+    return [
+        f"{printable(base.root)}: {len(names)} tensors of aligned are missing in base: {listing(names)}{hint}; "
+        f"expected each. Give the model that aligned was fine-tuned from, or copy them unchanged: {globs}"
+    ]
+
+
+def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None]) -> list[str]:
+    problems: list[str] = []
+    more: list[str] = []
+    for tensor in tensors:
+        partner = pairs[tensor.name]
+        if partner is None or partner.shape == tensor.shape:
+            continue
+        name = printable(tensor.name)
+        if len(problems) < _MANY:
+            problems.append(
+                f"{name}: aligned is {tensor.shape}, base is {partner.shape}; expected the same shape. "
+                f"Copy it unchanged with --skip '{name}'"
+            )
+        else:
+            more.append(name)
+    if more:
+        problems.append(
+            f"{len(more)} more tensors differ in shape: {listing(more)}; expected the same shapes. "
+            "Give the model that aligned was fine-tuned from"
+        )
+    return problems
+
+
+def _dtype_problems(
+    tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None], base_schemes: Mapping[str, str]
+) -> list[str]:
+    problems: dict[str, None] = {}
+    for tensor in tensors:
+        for side, info in (("aligned", tensor), ("base", pairs[tensor.name])):
+            if info is not None and info.dtype not in FLOATS and not (side == "base" and info.name in base_schemes):
+                pattern = pattern_of(printable(tensor.name))
+                problems[
+                    f"{pattern}: dtype of {side} is {info.dtype}, expected F64, F32, F16 or BF16. "
+                    f"Copy it unchanged with --skip '{pattern}'"
+                ] = None
+    return list(problems)
+
+
+def _warnings(
+    base: Checkpoint, aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None], options: Options
+) -> list[str]:
+    warnings = []
+    if options.alpha < 0:
+        warnings.append(f"alpha is {options.alpha}: a negative factor takes alignment away instead of adding to it")
+    if not pairs and options.alpha != 0:
+        warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
+    ours = {*aligned.tensors, *(partner.name for partner in pairs.values() if partner is not None)}
+    extra = [name for name in base.tensors if name not in ours]
+    if extra:
+        warnings.append(
+            f"{printable(base.root)}: {len(extra)} tensors are not in aligned and not used: {listing(extra)}"
+        )
+    return warnings

@@ -1,0 +1,71 @@
+"""Names from strangers' files: globs over them, patterns of layers, near misses, and how they are shown."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePath
+
+
+def printable(name: str | PurePath) -> str:
+    """The name or path with every character that a terminal could obey written as an escape: `a\\x1b[2J`."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def listing(names: Iterable[str], limit: int = 4) -> str:
+    """`a, b, c, d and 12 more`, each name printable."""
+    shown = [printable(name) for name in names]
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def is_plain_relative(name: str) -> bool:
+    """Whether a file name out of an index stays in its folder: relative, no `..`, one spelling only."""
+    if re.search("[\0\\\\\ud800-\udfff]|^[A-Za-z]:", name):  # the range: half characters, which no file name can hold
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def pattern_of(name: str) -> str:
+    """The name with its numbers as stars: `model.layers.7.mlp.up_proj.weight` -> `model.layers.*.mlp.up_proj.weight`.
+
+    The pattern is also a glob that matches the name.
+    """
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether any glob matches the whole name; upper and lower case differ, `*` crosses dots."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def unmatched(globs: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The globs that match none of the names."""
+    known = tuple(names)
+    return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
+
+
+def near_misses(glob: str, names: Iterable[str], limit: int = 3) -> tuple[str, ...]:
+    """Patterns of names that somebody who typed `glob` may have meant, best first; each works as a glob.
+
+    Names that hold the glob's longest literal stretch come first: `lm_head` finds `lm_head.weight`. Otherwise stretches
+    of as many components are compared: `*q_porj*` finds `model.layers.*.self_attn.q_proj.weight`.
+    """
+    literal = max(re.split(r"[*?\[\]]+", glob), key=len).strip(".").lower()
+    patterns = tuple(dict.fromkeys(pattern_of(name) for name in names))
+    holding = [pattern for pattern in patterns if literal and literal in pattern.lower()]
+    if holding:
+        return tuple(holding[:limit])
+    width = literal.count(".") + 1
+    stretches: dict[str, str] = {}
+    for pattern in patterns:
+        parts = pattern.lower().split(".")
+        for i in range(max(1, len(parts) - width + 1)):
+            stretches.setdefault(".".join(parts[i : i + width]), pattern)
+    close = difflib.get_close_matches(literal, stretches, n=limit, cutoff=0.6)
+    return tuple(dict.fromkeys(stretches[stretch] for stretch in close))

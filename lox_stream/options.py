@@ -1,0 +1,112 @@
+"""What a user may ask for: the options, their checks, sizes as people write them, and the platform."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from lox_stream.errors import LoxError, OptionError
+
+MAX_SEED = 2**63 - 1
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """All that a run may be told. The first eight and on_nonfinite change bytes; the others are free on resume."""
+
+    rank: int = 6  # 0: full rank, no SVD; min(m, n) and more: delta itself
+    alpha: float = 1.25
+    svd: Literal["randomized", "exact"] = "randomized"
+    tolerance: float = 2e-4  # share of output elements that may differ from the exact result
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
+    on_nonfinite: Literal["error", "copy"] = "error"
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
+    memory_bytes: int = 4 << 30  # for the program's own buffers
+    threads: int = 0  # 0: all cores
+
+
+def check_options(options: Options) -> None:
+    """Raise OptionError that names every option whose value cannot be obeyed."""
+    problems = [
+        *_whole_number("--rank", options.rank, 0, None, "0 is full rank: delta itself, without an SVD"),
+        *_whole_number("--seed", options.seed, 0, MAX_SEED, "any such number gives its own reproducible rounding"),
+        *_whole_number("--threads", options.threads, 0, None, "0 uses all cores"),
+        *_whole_number("--memory", options.memory_bytes, 1, None, "write a size such as 4GiB or 512M"),
+        *_real_number("--alpha", options.alpha, -math.inf, "1.25 is the paper's; 0 copies the aligned weights"),
+        *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),
+        *_one_of("--svd", options.svd, ("randomized", "exact")),
+        *_one_of("--rounding", options.rounding, ("nearest", "stochastic")),
+        *_one_of("--on-nonfinite", options.on_nonfinite, ("error", "copy")),
+        *_device(options.device),
+        *_globs("--skip", options.skip),
+        *_globs("--only", options.only),
+    ]
+    if problems:
+        raise OptionError("\n".join(problems))
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size as people write it: `4GiB`, `4G`, `512M`, `1.5 GB`, `1000000`.
+
+    `K M G T` with or without `B` are powers of 1000, `KiB MiB GiB TiB` (also `Ki ...`) powers of 1024.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS:
+        raise OptionError(f"{text!r} is not a size. Write a number with a unit, such as 4GiB, 512M or 1.5GB")
+    n_bytes = int(float(found[1]) * _UNITS[found[2]]) if "." in found[1] else int(found[1]) * _UNITS[found[2]]
+    if n_bytes < 1:
+        raise OptionError(f"{text!r} is less than one byte. Write a size such as 4GiB or 512M")
+    return n_bytes
+
+
+def check_platform() -> None:
+    """Raise LoxError on Windows, which lacks the file operations that keep an output whole."""
+    if sys.platform == "win32":
+        raise LoxError(
+            "lox-stream does not run on Windows itself: it needs the file operations of Linux (or macOS). "
+            "Use it in WSL: `wsl --install` in a terminal, then install and run it inside"
+        )
+
+
+def _whole_number(option: str, value: object, low: int, high: int | None, hint: str) -> list[str]:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
+        return []
+    wanted = f"{low} or more" if high is None else f"{low} to {high}"
+    return [f"{option} is {value!r}, expected a whole number, {wanted}; {hint}"]
+
+
+def _real_number(option: str, value: object, above: float, hint: str) -> list[str]:
+    """Finite and above a bound; a tolerance also has to be under 1."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if math.isfinite(number) and (above == -math.inf or above < number < 1):
+        return []
+    wanted = "a finite number" if above == -math.inf else "a number over 0 and under 1"
+    return [f"{option} is {value!r}, expected {wanted}; {hint}"]
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> list[str]:
+    return [] if value in allowed else [f"{option} is {value!r}, expected {' or '.join(allowed)}"]
+
+
+def _device(value: object) -> list[str]:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return []
+    return [f"--device is {value!r}, expected auto, cpu, cuda or cuda:N (the N-th GPU, from 0)"]
+
+
+def _globs(option: str, value: object) -> list[str]:
+    if isinstance(value, str):
+        return [f"{option} is one string, {value!r}, expected a tuple of globs: ({value!r},)"]
+    if not isinstance(value, tuple) or not all(isinstance(glob, str) for glob in value):
+        return [f"{option} is {value!r}, expected a tuple of globs such as ('lm_head.weight', '*.mlp.*')"]
+    if "" in value:
+        return [f"{option} holds an empty glob, expected a tensor's name or a glob such as '*.mlp.*'"]
+    return []

@@ -1,0 +1,212 @@
+"""Rules for the output folder, checked before anything is written: where it may lie, what it may hold, its space."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from lox_stream.checkpoint import Checkpoint
+from lox_stream.companions import OWN_FILES
+from lox_stream.names import listing, printable
+
+MANIFEST, JOURNAL = OWN_FILES
+MODEL_CARD, PARTIAL = "README.md", ".partial"  # a file is NAME.partial until it is whole
+_OVERHEAD_BYTES = 1 << 20  # manifest, journal, model card: with 1 KiB for each tensor
+_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
+
+
+def output_names(aligned: Checkpoint) -> tuple[str, ...]:
+    """Every name that a run writes in its folder, relative: the finished files, then the same while in work."""
+    shards = [shard.name for shard in aligned.shards]
+    index = [aligned.index_name] if aligned.index_name else []
+    companions = [path.as_posix() for path in aligned.companions]
+    names = tuple(dict.fromkeys([*shards, *index, *companions, MANIFEST, MODEL_CARD, JOURNAL]))
+    return (*names, *(name + PARTIAL for name in names))
+
+
+def output_problems(
+    out: Path, base: Path, aligned: Path, catalogue: Checkpoint | None, *, resume: bool, overwrite: bool
+) -> tuple[list[str], list[str]]:
+    """Problems and warnings of an output folder for these inputs.
+
+    `catalogue` is the opened aligned checkpoint; None where that failed: then only the folder itself is checked.
+    """
+    shown = printable(out)
+    problems = _place_problems(out, {"base": base, "aligned": aligned})
+    if problems:
+        return problems, []
+    try:
+        held = held_names(out, output_names(catalogue) if catalogue is not None else ())
+    except OSError as error:
+        return [f"{shown}: cannot be listed: {error.strerror}. Choose another --out or change its permissions"], []
+    warnings: list[str] = []
+    if held and not (resume or overwrite):
+        problems.append(_not_empty(out, held))
+    elif held and catalogue is not None:
+        problems += _content_problems(out, held, catalogue, resume=resume)
+    if resume and JOURNAL not in held:
+        warnings.append(f"{shown}: holds no unfinished run; --resume starts from the beginning")
+    if catalogue is not None and not problems:
+        problems += _space_problems(out, catalogue, resume=resume)
+    return problems, warnings
+
+
+def held_names(folder: Path, ours: Iterable[str]) -> tuple[str, ...]:
+    """What a folder holds, relative and sorted; () where there is no folder.
+
+    Only sub-folders that a run writes in (by the names `ours`) are looked into; another one is `name/`.
+    """
+    if not folder.exists():
+        return ()
+    held: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_dir():
+            held.append(path.name)
+            continue
+        inside = f"{path.name}/"
+        ours_inside = [name.removeprefix(inside) for name in ours if name.startswith(inside)]
+        held += [inside + name for name in held_names(path, ours_inside)] if ours_inside else [inside]
+    return tuple(held)
+
+
+def _place_problems(out: Path, inputs: dict[str, Path]) -> list[str]:
+    """Where the folder lies: it must be or become a folder, apart from both inputs, writable."""
+    shown = printable(out)
+    try:
+        real = out.resolve()
+        parent = nearest_folder(out)
+        if not parent.is_dir():
+            return [
+                f"{shown}: {printable(parent)} is a file, expected a folder or a path not yet used. Choose another --out"
+            ]
+    except (OSError, RuntimeError, ValueError) as error:
+        return [f"{shown}: cannot be used: {error}. Choose another --out"]
+    problems = []
+    for side, path in inputs.items():
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if real == folder:
+            problems.append(
+                f"{shown}: is the folder of {side} ({printable(path)}), expected another one: inputs are never touched"
+            )
+        elif path.is_dir() and real.is_relative_to(folder):
+            problems.append(
+                f"{shown}: lies inside {side} ({printable(path)}), expected a folder apart. Choose another --out"
+            )
+        elif path.exists() and folder.is_relative_to(real):
+            problems.append(
+                f"{shown}: {side} ({printable(path)}) lies inside it, expected an empty folder. Choose another --out"
+            )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(
+            f"{shown}: no permission to write in {printable(parent)}, or it is read-only. Choose another --out"
+        )
+    return problems
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest parent that exists (links followed)."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        if path.is_symlink():
+            raise OSError(f"{printable(path)} is a link to {printable(path.readlink())}, which does not exist")
+        path = path.parent
+    return path
+
+
+def _not_empty(out: Path, held: Iterable[str]) -> str:
+    shown = printable(out)
+    what = "holds files"
+    if JOURNAL in held:
+        what = "holds an unfinished run"
+    elif MANIFEST in held:
+        what = "holds a finished run"
+    return (
+        f"{shown}: {what}: found {listing(held)}; expected an empty folder or none. Go on with an unfinished run by "
+        "--resume, replace an earlier output by --overwrite, or choose another --out"
+    )
+
+
+def _content_problems(out: Path, held: tuple[str, ...], aligned: Checkpoint, *, resume: bool) -> list[str]:
+    """What the folder holds already must be ours, and nothing in it may lead elsewhere or be loaded instead."""
+    shown = printable(out)
+    ours = set(output_names(aligned))
+    foreign = [name for name in held if name not in ours]
+    if resume and JOURNAL in held:
+        return _link_problems(out, aligned)  # whether it is a journal of this run, the journal's own check says
+    if resume and MANIFEST in held:
+        return [
+            f"{shown}: holds a finished run (found {MANIFEST}), expected an unfinished one. Use it as it is, since there "
+            "is nothing to resume, or start anew with --overwrite"
+        ]
+    if foreign and not (MANIFEST in held or JOURNAL in held):
+        return [
+            f"{shown}: holds files that this run does not write: found {listing(foreign)}, expected {MANIFEST} or "
+            f"{JOURNAL} of an earlier run, or nothing but names of this one. Choose another --out"
+        ]
+    loaded = [name for name in foreign if name.endswith(_WEIGHT_ENDINGS) and "/" not in name]
+    problems = [
+        f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of another "
+        "model. Remove it or choose another --out"
+        for name in loaded
+    ]
+    return problems + _link_problems(out, aligned)
+
+
+def _link_problems(out: Path, aligned: Checkpoint) -> list[str]:
+    """Files that a run opens for writing must be its own: no links, which may lead to an input."""
+    problems = []
+    for name in output_names(aligned):
+        path = out / name
+        in_work = name.endswith(PARTIAL) or name == JOURNAL
+        parents = [parent for parent in path.parents if parent.is_relative_to(out) and parent != out]
+        if (in_work and path.is_symlink()) or any(parent.is_symlink() for parent in parents):
+            problems.append(f"{printable(path)}: is or lies behind a link, expected a file of its own. Remove the link")
+        elif path.is_dir():
+            problems.append(f"{printable(path)}: is a folder, expected a file or nothing. Remove it")
+        elif in_work and path.exists() and path.stat().st_nlink > 1:
+            problems.append(f"{printable(path)}: is a hard link to another file, expected one of its own. Remove it")
+    return problems
+
+
+def _space_problems(out: Path, aligned: Checkpoint, *, resume: bool) -> list[str]:
+    """Bytes still to be reserved against what the file system has, and the largest file against the process's limit."""
+    shown = printable(out)
+    problems = []
+    needed = _needed_bytes(out, aligned, resume=resume)
+    parent = nearest_folder(out)
+    usage = shutil.disk_usage(parent)
+    if usage.total and needed > usage.free:  # some network file systems say 0 of everything
+        problems.append(
+            f"{shown}: no space: expected {needed} bytes free on the file system of {printable(parent)}, found {usage.free} "
+            f"({needed - usage.free} too few). Free some, or choose another --out"
+        )
+    limit, largest = _file_size_limit(), max((shard.size_bytes for shard in aligned.shards), default=0)
+    if limit is not None and largest > limit:
+        problems.append(
+            f"{shown}: a file of {largest} bytes is needed, but this process may write {limit} at most. "
+            "Raise the limit: `ulimit -f unlimited`"
+        )
+    return problems
+
+
+def _needed_bytes(out: Path, aligned: Checkpoint, *, resume: bool) -> int:
+    """What is to be allocated anew: partial files are used again, and on resume so are finished shards."""
+    needed = _OVERHEAD_BYTES + 1024 * len(aligned.tensors)
+    for shard in aligned.shards:
+        there = [out / (shard.name + PARTIAL), *([out / shard.name] if resume else [])]
+        allocated = next((path.stat().st_blocks * 512 for path in there if path.is_file()), 0)
+        needed += max(0, shard.size_bytes - allocated)
+    for relative in aligned.companions:
+        path = aligned.folder / relative
+        needed += path.stat().st_size if path.exists() else 0
+    return needed
+
+
+def _file_size_limit() -> int | None:
+    """The largest file that this process may write (`ulimit -f`), in bytes; None without a limit."""
+    import resource  # not on Windows, where this module has to be importable to say so
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

@@ -1,0 +1,208 @@
+"""The plan: what will happen to each tensor and why. Finds all that is wrong before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lox_stream import costs
+from lox_stream.checkpoint import Checkpoint, open_checkpoint
+from lox_stream.companions import companion_problems
+from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
+from lox_stream.layout import read_json
+from lox_stream.matching import Step, glob_problems, match
+from lox_stream.names import printable
+from lox_stream.options import Options, check_options
+from lox_stream.output_rules import output_names as names_written
+from lox_stream.output_rules import output_problems
+
+__all__ = ["Options", "Plan", "Step", "check_options", "memory_needed", "output_names", "plan", "plan_summary"]
+
+DEFAULTS = Options()
+_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run does, in the order in which it reads."""
+
+    base: Checkpoint
+    aligned: Checkpoint
+    out: Path | None  # None: nothing is written (stream)
+    options: Options
+    steps: tuple[Step, ...]  # by aligned's shards and offsets, so that reading is sequential
+    warnings: tuple[str, ...]  # complete messages
+
+
+def plan(
+    base: str | Path,
+    aligned: str | Path,
+    out: str | Path | None = None,
+    *,
+    options: Options = DEFAULTS,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Open both checkpoints, pair them, and check the output folder; reads headers only and writes nothing.
+
+    Raises OptionError at once for options that mean nothing. All other problems are collected and raised together, as
+    CheckpointError, or as OutputError, OptionError or MemoryBudgetError where all of them are of that one kind.
+    """
+    check_options(options)
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite are both given, expected one: go on with the run, or start it anew")
+    problems = _Problems()
+    target = Path(out).absolute() if out is not None else None
+    opened_base, opened_aligned = problems.open(base, "base"), problems.open(aligned, "aligned")
+    steps: tuple[Step, ...] = ()
+    warnings: list[str] = []
+    if opened_aligned is not None:
+        problems.option += glob_problems(opened_aligned, options)
+    if opened_base is not None and opened_aligned is not None:
+        steps, found, warnings = match(opened_base, opened_aligned, options)
+        problems.input += [*_same_problems(opened_base, opened_aligned), *found]
+        problems.memory += _memory_problems(steps, options)
+        warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
+    if target is not None:
+        roots = Path(base).absolute(), Path(aligned).absolute()
+        found, more = output_problems(target, *roots, opened_aligned, resume=resume, overwrite=overwrite)
+        problems.output += found
+        warnings += more
+        if opened_aligned is not None:
+            problems.input += companion_problems(opened_aligned.folder, opened_aligned.companions)
+    problems.throw()
+    assert opened_base is not None, "what cannot be opened is a problem"
+    assert opened_aligned is not None, "what cannot be opened is a problem"
+    return Plan(opened_base, opened_aligned, target, options, steps, tuple(warnings))
+
+
+def memory_needed(step: Step, options: Options) -> int:
+    """Bytes of our own buffers that one matrix of a step needs at most; 0 for a copy."""
+    if step.action == "copy":
+        return 0
+    return costs.step_bytes(step.m, step.n, options.rank, options.svd, step.aligned.dtype)
+
+
+def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
+    """Every name that a run writes in its folder, relative to it, the temporary ones too."""
+    return names_written(plan_or_aligned.aligned if isinstance(plan_or_aligned, Plan) else plan_or_aligned)
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able data: inputs, options, each step, totals in tensors and bytes, warnings."""
+    changed = [step.aligned.n_bytes for step in plan.steps if step.action == "extrapolate"]
+    copied = [step.aligned.n_bytes for step in plan.steps if step.action == "copy"]
+    return {
+        "base": str(plan.base.root),
+        "aligned": str(plan.aligned.root),
+        "out": str(plan.out) if plan.out is not None else None,
+        "options": asdict(plan.options),
+        "steps": [_step_summary(step, plan.options) for step in plan.steps],
+        "totals": {
+            "tensors": len(plan.steps),
+            "bytes": sum(changed) + sum(copied),
+            "extrapolated_tensors": len(changed),
+            "extrapolated_bytes": sum(changed),
+            "copied_tensors": len(copied),
+            "copied_bytes": sum(copied),
+            "shards": len(plan.aligned.shards),
+            "companions": len(plan.aligned.companions),
+        },
+        "warnings": list(plan.warnings),
+    }
+
+
+def _step_summary(step: Step, options: Options) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "action": step.action,
+        "reason": step.reason,
+        "shape": list(step.aligned.shape),
+        "dtype": step.aligned.dtype,
+        "bytes": step.aligned.n_bytes,
+        "base_name": step.base.name if step.base is not None else None,
+        "base_dtype": step.base.dtype if step.base is not None else None,
+        "matrices": step.count if step.action == "extrapolate" else 0,
+        "memory_bytes": memory_needed(step, options),
+    }
+
+
+@dataclass(slots=True)
+class _Problems:
+    """Complete messages, kept apart by kind so that the error raised says what kind it is."""
+
+    input: list[str] = field(default_factory=list)
+    output: list[str] = field(default_factory=list)
+    option: list[str] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
+
+    def open(self, path: str | Path, side: str) -> Checkpoint | None:
+        """The checkpoint, or None and its problems noted."""
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            self.input += [f"{side}: {problem}" for problem in error.problems]
+            return None
+
+    def throw(self) -> None:
+        """Raise all problems in one error, of their own kind where there is only one kind."""
+        everything = [*self.option, *self.input, *self.memory, *self.output]
+        kinds: dict[type[LoxError], list[str]] = {
+            OptionError: self.option,
+            MemoryBudgetError: self.memory,
+            OutputError: self.output,
+        }
+        for kind, problems in kinds.items():
+            if problems and len(problems) == len(everything):
+                raise kind("\n".join(problems))
+        if everything:
+            raise CheckpointError(everything)
+
+
+def _same_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
+    """The two sides are one: the same folder, or links to the same files."""
+    if {shard.path for shard in base.shards} != {shard.path for shard in aligned.shards}:
+        return []
+    return [
+        f"base and aligned are the same files: {printable(base.root)} and {printable(aligned.root)}; "
+        "expected two different models: the one before and the one after alignment"
+    ]
+
+
+def _memory_problems(steps: tuple[Step, ...], options: Options) -> list[str]:
+    """One message, about the tensor that needs most, for all that exceed the budget."""
+    needed = {step.name: memory_needed(step, options) for step in steps}
+    over = sorted((name for name in needed if needed[name] > options.memory_bytes), key=lambda name: -needed[name])
+    if not over:
+        return []
+    most = needed[over[0]]
+    others = f" (and {len(over) - 1} more tensors exceed it)" if len(over) > 1 else ""
+    ways = [f"--memory {-(-most // (1 << 20))}MiB", *(["--svd randomized"] if options.svd == "exact" else [])]
+    return [
+        f"{printable(over[0])}: needs {most} bytes of memory, the budget is {options.memory_bytes}{others}. "
+        f"Allow it with {' or '.join(ways)}, or copy it unchanged with --skip '{printable(over[0])}'"
+    ]
+
+
+def _input_warnings(base: Checkpoint, aligned: Checkpoint) -> list[str]:
+    warnings = [*base.warnings, *aligned.warnings]
+    if aligned.companions and _has_chat_template(base) and not _has_chat_template(aligned):
+        warnings.append(
+            f"{printable(base.root)} (base) has a chat template and {printable(aligned.root)} (aligned) has none: "
+            "are the two swapped?"
+        )
+    return warnings
+
+
+def _has_chat_template(checkpoint: Checkpoint) -> bool:
+    """Whether a file of its own or the tokenizer's config holds one."""
+    names = {path.as_posix() for path in checkpoint.companions}
+    if names & set(_CHAT_TEMPLATES):
+        return True
+    if "tokenizer_config.json" not in names:
+        return False
+    try:
+        return bool(read_json(checkpoint.folder / "tokenizer_config.json").get("chat_template"))
+    except CheckpointError:
+        return False  # a tokenizer that cannot be read is the model's affair; it is copied as it is

@@ -1,0 +1,167 @@
+"""Reading: tensors as views of memory-mapped files, and a thread that fetches their pages ahead of the computation.
+
+The mapped pages belong to the page cache, not to this process, and are given back after a tensor's last pass.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lox_stream.checkpoint import TensorInfo
+from lox_stream.errors import Cancelled, DataError
+from lox_stream.planning import Step
+
+CHUNK_BYTES = 4 << 20
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@contextmanager
+def mapped(info: TensorInfo) -> Iterator[memoryview]:
+    """The tensor's bytes as a private map of its file. Raises DataError if the file is shorter than it was.
+
+    Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them.
+    """
+    page = mmap.ALLOCATIONGRANULARITY
+    start = info.start - info.start % page
+    with _open(info.path) as fd:
+        _check_size(fd, info)
+        access = mmap.PROT_READ | mmap.PROT_WRITE  # copy on write: torch warns of memory that cannot be written
+        view = mmap.mmap(fd, info.start + info.n_bytes - start, mmap.MAP_PRIVATE, access, offset=start)
+        try:
+            yield memoryview(view)[info.start - start :]
+        finally:
+            if hasattr(os, "posix_fadvise"):  # which does nothing to pages that are still mapped and touched
+                view.madvise(mmap.MADV_DONTNEED)
+                os.posix_fadvise(fd, start, info.start + info.n_bytes - start, os.POSIX_FADV_DONTNEED)
+
+
+class Prefetch:
+    """Reads the bytes of the steps to come into the page cache, base and aligned side by side, in order.
+
+    At most `window_bytes` are fetched and not yet released; a larger tensor is fetched alone. After each step
+    `fetched()` is called, or once `failed(error)`; both from a thread of this class.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        window_bytes: int,
+        fetched: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._steps = steps
+        self._window = window_bytes
+        self._fetched, self._failed = fetched, failed
+        self._changed = threading.Condition()
+        self._held = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._fetch_all, name="lox-read", daemon=True)
+        self._thread.start()
+
+    def release(self, step: Step) -> None:
+        """The step's last pass is over: its bytes leave the window."""
+        with self._changed:
+            self._held -= read_bytes(step)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop reading and join the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _fetch_all(self) -> None:
+        with ThreadPoolExecutor(2, thread_name_prefix="lox-read") as sides:
+            try:
+                for step in self._steps:
+                    self._admit(read_bytes(step))
+                    infos = [step.aligned, *([step.base] if step.base else [])]
+                    for side in [sides.submit(self._fetch, info) for info in infos]:
+                        side.result()
+                    self._fetched()
+            except BaseException as problem:  # handed to whoever waits for the step
+                self._failed(problem)
+
+    def _admit(self, n_bytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._held == 0 or self._held + n_bytes <= self._window)
+            self._held += n_bytes
+
+    def _fetch(self, info: TensorInfo) -> None:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(info.n_bytes, 1))))
+        with _open(info.path) as fd:
+            _check_size(fd, info)
+            done = 0
+            while done < info.n_bytes:
+                if self._closed:
+                    raise Cancelled("stopped on request")
+                want = min(len(buffer), info.n_bytes - done)
+                try:
+                    got = os.preadv(fd, [buffer[:want]], info.start + done)
+                except OSError as problem:
+                    raise DataError(
+                        f"{info.name}: reading {info.path} at byte {info.start + done} failed: {problem.strerror}. "
+                        "Check the disk; what is finished is kept, go on with --resume"
+                    ) from problem
+                if got == 0:
+                    raise _cut(info, info.start + done)
+                done += got
+
+
+def read_bytes(step: Step) -> int:
+    """Bytes of input that a step reads, of both sides."""
+    return step.aligned.n_bytes + (step.base.n_bytes if step.base else 0)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise DataError(
+            f"{path}: cannot be opened any more: {problem.strerror}. Put it back and go on with --resume"
+        ) from problem
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_size(fd: int, info: TensorInfo) -> None:
+    size = os.fstat(fd).st_size
+    if size < info.start + info.n_bytes:
+        raise _cut(info, size)
+
+
+def _cut(info: TensorInfo, size: int) -> DataError:
+    return DataError(
+        f"{info.name}: {info.path} is {size} bytes long, and this tensor ends at byte {info.start + info.n_bytes}: "
+        "the file was cut while it was in use. Restore it and go on with --resume"
+    )

@@ -1,0 +1,138 @@
+"""Threads that compute, and nobody else does: each at one torch thread, so that no sum depends on their number.
+
+A job is a whole tensor and runs on one worker. Inside it, `run(task, count)` spreads a loop over all workers that
+have no job: many small tensors are computed side by side, and one huge tensor gets every core.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from lox_stream.errors import Cancelled
+
+
+class _Group:
+    """One loop: the next index to hand out, and how many tasks are still running."""
+
+    def __init__(self, task: Callable[[int], None], count: int) -> None:
+        self.task = task
+        self.count = count
+        self.next = 0
+        self.running = 0
+        self.error: BaseException | None = None
+
+
+class Workers:
+    """`count` computing threads; a context manager that joins them.
+
+    The caller's own torch settings, and those of threads it starts later, stay as they are: torch keeps the thread
+    count per thread plus one default for threads to come, and that default is put back from a thread of ours.
+    `stop` may be set by anyone, at any time: every loop then ends at its next task with `Cancelled`.
+    """
+
+    def __init__(self, count: int, stop: threading.Event | None = None) -> None:
+        self.stop = stop or threading.Event()
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._groups: list[_Group] = []
+        self._closing = False
+        self._threads = [threading.Thread(target=self._work, name=f"lox-{i}", daemon=True) for i in range(count)]
+
+    def __enter__(self) -> Workers:
+        default: list[int] = []
+        _in_thread(lambda: default.append(torch.get_num_threads()))
+        ready = threading.Barrier(len(self._threads) + 1)
+        self._ready = ready
+        for thread in self._threads:
+            thread.start()
+        ready.wait()
+        _in_thread(lambda: torch.set_num_threads(default[0]))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.stop.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job, which must not raise; it runs on one worker."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def run(self, task: Callable[[int], None], count: int) -> None:
+        """task(0), ..., task(count - 1) on this worker and all idle ones; returns when each is done.
+
+        Only for use inside a job. Raises the first error of a task, or `Cancelled`.
+        """
+        group = _Group(task, count)
+        if count > 1:
+            with self._changed:
+                self._groups.append(group)
+                self._changed.notify(count - 1)
+        while self._advance(group):
+            pass
+        with self._changed:
+            if count > 1:
+                self._groups.remove(group)
+            self._changed.wait_for(lambda: group.running == 0)
+        if group.error is not None:
+            raise group.error
+
+    def _advance(self, group: _Group) -> bool:
+        """Do the group's next task; False if there is none left or one of them failed."""
+        with self._changed:
+            if self.stop.is_set() and group.error is None:
+                group.error = Cancelled("stopped on request")
+            if group.next >= group.count or group.error is not None:
+                return False
+            index = group.next
+            group.next += 1
+            group.running += 1
+        error: BaseException | None = None
+        try:
+            group.task(index)
+        except BaseException as problem:  # handed to the job that owns the loop
+            error = problem
+        with self._changed:
+            group.running -= 1
+            group.error = group.error or error
+            if group.running == 0:
+                self._changed.notify_all()
+        return error is None
+
+    def _open_group(self) -> _Group | None:
+        return next((g for g in self._groups if g.next < g.count and g.error is None), None)
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        self._ready.wait()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing or self._open_group())
+                job = self._jobs.popleft() if self._jobs else None
+                group = None if job else self._open_group()
+                if job is None and group is None:
+                    return
+            if job is not None:
+                job()
+            elif group is not None:
+                self._advance(group)
+            del job, group  # or an idle worker would keep the last tensor mapped
+
+
+def _in_thread(action: Callable[[], object]) -> None:
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join()

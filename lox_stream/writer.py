@@ -1,0 +1,220 @@
+"""Writing the output folder: bytes to their places in any order, made durable, and published all at once.
+
+The output mirrors the aligned checkpoint, so each tensor's place is known from the start. Until `publish` the
+weights are called NAME.partial and the journal says which tensors are finished; after it there is no journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from lox_stream import files
+from lox_stream.checkpoint import Shard
+from lox_stream.committer import Committer
+from lox_stream.errors import Cancelled, OutputError, ResumeError
+from lox_stream.facts import TensorFacts
+from lox_stream.journal import Journal, Replay, differences, identity, replay, session
+from lox_stream.names import listing
+from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
+from lox_stream.placing import GO_ON, Place
+from lox_stream.planning import Plan, output_names
+
+AGAIN = "Choose another --out, or run the same command again."
+
+
+class Output:
+    """The folder that a run writes, from the lock to the publication: a context manager.
+
+    `finished` holds the facts of the tensors that are done (on resume also of earlier sessions), `sessions` who
+    worked on it, `warnings` what a person should know. Left without `publish` it keeps its .partial files and its
+    journal, for --resume. Raises OutputError: the folder is in use, full or not writable; ResumeError: its state
+    is of another run.
+    """
+
+    def __init__(self, plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
+        assert plan.out is not None, "a plan without a folder cannot be written"
+        assert not (resume and overwrite), "planning refuses these two together"
+        self.plan, self.folder, self._resume, self._overwrite = plan, plan.out, resume, overwrite
+        self.finished: dict[str, TensorFacts] = {}
+        self.sessions: tuple[dict[str, Any], ...] = ()
+        self.warnings: list[str] = []
+        self._renamed: set[str] = set()  # shards that an earlier session published
+        self._fds: dict[str, int] = {}  # of the others
+        self._shard_of = {tensor.name: shard for shard in plan.aligned.shards for tensor in shard.tensors}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack, files.explained(self.folder, "prepare the output", AGAIN):
+            self._lock(stack)
+            before = self._before()
+            with contextlib.ExitStack() as undo:
+                self._journal = self._begin(before, stack, undo)
+                if len(before.finished) < len(self._shard_of):
+                    self._retract()
+                for shard in self.plan.aligned.shards:
+                    self._reserve(shard, stack, undo)
+                undo.pop_all()
+            self._committer = Committer(self._journal)
+            self._stack = stack.pop_all()
+        return self
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        files.make_folder(self.folder)
+        try:
+            fd, locked = files.lock_folder(self.folder)
+        except BlockingIOError:
+            raise OutputError(f"{self.folder}: {self._owner()}. Wait for it, or choose another --out") from None
+        stack.callback(os.close, fd)
+        if not locked:
+            self.warnings.append(f"{self.folder}: this file system has no locks: let only one run write here")
+
+    def _owner(self) -> str:
+        with contextlib.suppress(OutputError):
+            state = replay(self.folder)
+            if state is not None and state.sessions:
+                last = state.sessions[-1]
+                return f"is being written by process {last['session']} on {last['host']} since {last['time']}"
+        return "is being written by another process"
+
+    def _before(self) -> Replay:
+        """What this run builds on: the journal when resuming, or nothing."""
+        new = identity(self.plan)
+        state = replay(self.folder) if self._resume else None
+        if state is None:
+            self._check_fresh()
+            return Replay(new, (), {})
+        refused, warned = differences(state.header, new)
+        if refused:
+            lines = "".join(f"\n  {line}" for line in refused)
+            raise ResumeError(
+                f"{self.folder}: cannot be resumed, this is another run:{lines}\n"
+                "Give the inputs and options it began with, or start again with --overwrite"
+            )
+        self.warnings += warned
+        lost = [shard for shard in self.plan.aligned.shards if not self._kept(shard, state.finished)]
+        gone = {tensor.name for shard in lost for tensor in shard.tensors}
+        kept = {name: facts for name, facts in state.finished.items() if name in self._shard_of.keys() - gone}
+        return Replay(state.header, state.sessions, kept)
+
+    def _kept(self, shard: Shard, finished: Mapping[str, TensorFacts]) -> bool:
+        """Whether the shard's file is the one that the journal's records speak of."""
+        final = self.folder / shard.name
+        whole = all(tensor.name in finished for tensor in shard.tensors)
+        path = final if whole and not files.partial(final).exists() else files.partial(final)
+        if not path.is_file() or path.stat().st_size != shard.size_bytes:
+            return False
+        with path.open("rb") as file:
+            same = file.read(len(shard.header)) == shard.header
+        if same and path == final:
+            self._renamed.add(shard.name)
+        return same
+
+    def _check_fresh(self) -> None:
+        """Refuse to begin over the files of another run, which may be newer than the plan."""
+        if self._overwrite:
+            return
+        if self._resume and (self.folder / MANIFEST).exists():
+            raise ResumeError(f"{self.folder}: is finished, there is nothing to resume; --overwrite runs it again")
+        found = [name for name in output_names(self.plan) if (self.folder / name).exists()]
+        if any(not name.endswith(PARTIAL) for name in found):
+            raise OutputError(
+                f"{self.folder}: already holds {listing(found)}. Choose another --out, go on with --resume where a run "
+                "was interrupted, or replace what is there with --overwrite"
+            )
+
+    def _retract(self) -> None:
+        """Withdraw what is to be replaced: no index and no manifest over weights that are half new.
+
+        The journal is there already, so that a crash leaves a folder that is still known to be ours.
+        """
+        for name in {MANIFEST, self.plan.aligned.index_name or MANIFEST}:
+            (self.folder / name).unlink(missing_ok=True)
+        files.sync_folder(self.folder)
+
+    def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
+        self.finished = dict(before.finished)
+        self.sessions = (*before.sessions, session())
+        if not (self._resume or self._overwrite):
+            undo.callback((self.folder / JOURNAL).unlink, missing_ok=True)
+        journal = Journal(self.folder, Replay(before.header, self.sessions, before.finished))
+        stack.callback(journal.close)
+        return journal
+
+    def _reserve(self, shard: Shard, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> None:
+        """Claim the space of a shard and write its header, unless an earlier session renamed it already."""
+        path = files.partial(self.folder / shard.name)
+        if shard.name in self._renamed:
+            return
+        files.make_folder(path.parent)
+        if not path.exists():
+            undo.callback(path.unlink, missing_ok=True)
+        with files.explained(path, f"reserve {shard.size_bytes:,} bytes", AGAIN):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, fd)
+            files.reserve(fd, shard.size_bytes)
+            files.write_at(fd, memoryview(shard.header), 0)
+        self._fds[shard.name] = fd
+
+    def place(self, name: str) -> Place:
+        """Where the bytes of an unfinished tensor go."""
+        shard, tensor = self._shard_of[name], self.plan.aligned.tensors[name]
+        return Place(self._fds[shard.name], files.partial(self.folder / shard.name), tensor.start, tensor.n_bytes)
+
+    def done(self, facts: TensorFacts) -> None:
+        """Hand in a tensor all of whose bytes were written. Raises OutputError if an earlier one was not synced."""
+        self._committer.put(facts, self.place(facts.name))
+        self.finished[facts.name] = facts
+
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        """Make the finished checkpoint appear: companions and card, weights, index, manifest, each synced in turn.
+
+        `documents` maps file names to their content: the manifest, the index and whatever else. A crash at any
+        point leaves a state that --resume publishes again.
+        """
+        missing = self._shard_of.keys() - self.finished.keys()
+        assert not missing, f"not finished: {sorted(missing)[:3]}"
+        self._committer.finish()
+        self._committer.check()
+        last = [name for name in (self.plan.aligned.index_name, MANIFEST) if name is not None]
+        with files.explained(self.folder, "publish the result", GO_ON):
+            for fd in self._fds.values():
+                os.fsync(fd)
+                files.drop_cache(fd)
+            self._copy_companions(documents)
+            for name in [name for name in documents if name not in last]:
+                files.replace_file(self.folder / name, documents[name])
+            files.sync_folder(self.folder)
+            self._rename_shards()
+            for name in last:
+                files.replace_file(self.folder / name, documents[name])
+                files.sync_folder(self.folder)
+            self._journal.remove()
+            files.sync_folder(self.folder)
+
+    def _copy_companions(self, documents: Mapping[str, bytes]) -> None:
+        for relative in self.plan.aligned.companions:
+            target = self.folder / relative
+            if relative.as_posix() in {*documents, JOURNAL}:
+                continue
+            files.make_folder(target.parent)
+            files.copy_file(self.plan.aligned.folder / relative, target)
+            files.sync_folder(target.parent)
+
+    def _rename_shards(self) -> None:
+        paths = [self.folder / name for name in self._fds]
+        for path in paths:
+            files.partial(path).replace(path)
+        for folder in {path.parent for path in paths} | {self.folder}:
+            files.sync_folder(folder)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            self._committer.finish(stopping=isinstance(error, Cancelled | KeyboardInterrupt | GeneratorExit))
+            if error is None:
+                self._committer.check()
