@@ -22,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from oracle import Weights, authors_output, decompose, rounded_once, same_bits
@@ -79,7 +80,7 @@ def measure(pair: Path, outputs: dict[tuple[float, str], Weights]) -> dict[tuple
     return tallies
 
 
-def summary(alpha: float, rounding: str, tally: Tally) -> dict[str, object]:
+def summary(alpha: float, rounding: str, tally: Tally) -> dict[str, Any]:
     elements = tally.counts["elements"]
     return {
         "alpha": alpha,
@@ -100,7 +101,7 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Stochastic rounding is meant to differ from the oracle: its shares say how often."""
     lines = [
         f"{'alpha':>5}  {'rounding':<10}  {'= oracle':>9}  {'= authors':>9}  {'authors = oracle':>16}  {'kept':>7}"
@@ -109,9 +110,9 @@ def table(rows: list[dict[str, object]]) -> str:
         shares = "  ".join(
             f"{row[key]:>{width}.{digits}%}"
             for key, width, digits in (
-                ("identical_to_oracle", 9, 3),
-                ("identical_to_authors", 9, 3),
-                ("authors_identical_to_oracle", 16, 3),
+                ("identical_to_oracle", 9, 4),
+                ("identical_to_authors", 9, 4),
+                ("authors_identical_to_oracle", 16, 4),
                 ("retention", 7, 1),
             )
         )

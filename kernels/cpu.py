@@ -10,6 +10,7 @@ contiguous rows matter most (tiles of 256 x 2048 take 19 ms). `benchmarks/bench_
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,12 +94,20 @@ def delta_matmul(
             tile = _difference(w1[band, part], w0[band, part], scale)
             torch.addmm(out[band], tile, x[part], beta=0 if j == 0 else 1, out=out[band])
             if squares is not None:
-                sums[i] += float(torch.linalg.vector_norm(tile, dim=1).double().square().sum())
+                sums[i] += _sum_of_squares(tile)
 
     run(task, count)
     if squares is not None:
         squares.extend(sums)
     return out
+
+
+def _sum_of_squares(tile: Tensor) -> float:
+    """In float64 over float32 sums of 1024 elements each: float32 alone loses five digits over a long row."""
+    flat = tile.view(-1)
+    whole = flat.numel() // 1024 * 1024
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1).double()
+    return float(norms.square().sum() + flat[whole:].double().square().sum())
 
 
 def delta_rmatmul(w1: Tensor, w0: Tensor, y: Tensor, *, scale: float = 1.0, run: Run = in_order) -> Tensor:
@@ -176,9 +185,12 @@ def _round(
     else:
         words = words16(first, total.numel(), key).reshape(total.shape)
         (_stochastic_bf16 if out.dtype == torch.bfloat16 else _stochastic_fp16)(total, words, out)
-    total.copy_(out).sub_(base)
-    flat = update.view(-1)
-    return Retained(float(torch.dot(total.view(-1), flat)), float(torch.dot(flat, flat)))
+    kept, flat = total.copy_(out).sub_(base).view(-1), update.view(-1)
+    dot, square = float(torch.dot(kept, flat)), float(torch.dot(flat, flat))
+    if not 1e-30 < square < 1e30 or not math.isfinite(dot):  # of a size whose squares float32 cannot hold
+        kept, flat = kept.double(), flat.double()
+        dot, square = float(torch.dot(kept, flat)), float(torch.dot(flat, flat))
+    return Retained(dot, square)
 
 
 def _nearest(total: Tensor, out: Tensor) -> None:

@@ -76,7 +76,8 @@ def largest_entry(w1: Tensor, w0: Tensor, run: Run) -> float:
         for j in range(0, w1.shape[1], columns):
             part = slice(j, j + columns)
             tile = w1[band, part].double().sub_(w0[band, part].double()).abs_()
-            largest[i] = max(largest[i], float(tile.nan_to_num(math.inf).max()))
+            most = float(tile.max())
+            largest[i] = max(largest[i], most if math.isfinite(most) else math.inf)
 
     run(task, count)
     if math.inf in largest:

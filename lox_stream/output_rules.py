@@ -78,9 +78,7 @@ def _place_problems(out: Path, inputs: dict[str, Path]) -> list[str]:
         real = out.resolve()
         parent = nearest_folder(out)
         if not parent.is_dir():
-            return [
-                f"{shown}: {printable(parent)} is a file, expected a folder or a path not yet used. Choose another --out"
-            ]
+            return [f"{shown}: {printable(parent)} is a file, expected a folder or a new path. Choose another --out"]
     except (OSError, RuntimeError, ValueError) as error:
         return [f"{shown}: cannot be used: {error}. Choose another --out"]
     problems = []
@@ -137,8 +135,8 @@ def _content_problems(out: Path, held: tuple[str, ...], aligned: Checkpoint, *, 
         return _link_problems(out, aligned)  # whether it is a journal of this run, the journal's own check says
     if resume and MANIFEST in held:
         return [
-            f"{shown}: holds a finished run (found {MANIFEST}), expected an unfinished one. Use it as it is, since there "
-            "is nothing to resume, or start anew with --overwrite"
+            f"{shown}: holds a finished run (found {MANIFEST}), expected an unfinished one. There is "
+            "nothing to resume: use it as it is, or start anew with --overwrite"
         ]
     if foreign and not (MANIFEST in held or JOURNAL in held):
         return [
@@ -179,8 +177,8 @@ def _space_problems(out: Path, aligned: Checkpoint, *, resume: bool) -> list[str
     usage = shutil.disk_usage(parent)
     if usage.total and needed > usage.free:  # some network file systems say 0 of everything
         problems.append(
-            f"{shown}: no space: expected {needed} bytes free on the file system of {printable(parent)}, found {usage.free} "
-            f"({needed - usage.free} too few). Free some, or choose another --out"
+            f"{shown}: no space: expected {needed} bytes free on the file system of {printable(parent)}, "
+            f"found {usage.free} ({needed - usage.free} too few). Free some, or choose another --out"
         )
     limit, largest = _file_size_limit(), max((shard.size_bytes for shard in aligned.shards), default=0)
     if limit is not None and largest > limit:

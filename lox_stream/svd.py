@@ -99,29 +99,27 @@ def truncated_svd(
     forward = torch.zeros(columns, columns, dtype=torch.float64)  # T
     backward = torch.zeros(columns, columns, dtype=torch.float64)  # M
     passes = 0
-    while True:
-        # A product with A for the newest right block, then one with A' for the newest left block.
-        newest = right.newest
-        rows = left.extend(op.matmul(newest.T).T, watch.norm)
-        forward[: left.size, right.size - len(newest) : right.size] = rows.T
+    exhausted = False
+    # A product with A for the newest right block, then one with A' for the newest left block, and so on.
+    while min(left.size + len(right.newest), m) <= columns:
+        rows = left.extend(op.matmul(right.newest.T).T, watch.norm)
+        forward[: left.size, right.size - len(right.newest) : right.size] = rows.T
         passes += 1
-        small = forward[: left.size, : right.size]
-        exhausted = not len(left.newest)
-        watch.look(small, op.squared_norm(), fresh_rows=len(left.newest))
+        watch.look(forward[: left.size, : right.size], op.squared_norm(), fresh_rows=len(left.newest))
+        exhausted = not len(left.newest) or right.size == n  # then A = A PP' = Q T P'
         if exhausted or (passes >= 3 and watch.settled(enough)):
             break
-        newest = left.newest
-        rows = right.extend(op.rmatmul(newest.T).T, watch.norm)
-        backward[left.size - len(newest) : left.size, : right.size] = rows
+        if min(right.size + len(left.newest), n) > columns:
+            break
+        rows = right.extend(op.rmatmul(left.newest.T).T, watch.norm)
+        backward[left.size - len(left.newest) : left.size, : right.size] = rows
         passes += 1
-        small = backward[: left.size, : right.size]
-        exhausted = not len(right.newest)
-        watch.look(small, op.squared_norm(), fresh_columns=len(right.newest))
-        if exhausted or (passes >= 4 and watch.settled(enough)):
+        watch.look(backward[: left.size, : right.size], op.squared_norm(), fresh_columns=len(right.newest))
+        exhausted = not len(right.newest) or left.size == m  # then A = QQ'A = Q M P'
+        if exhausted or (passes >= 3 and watch.settled(enough)):
             break
-        if max(left.size, right.size) + width > columns:
-            break
-    return watch.result(left, right, enough, passes, exhausted)
+    watch.exhausted = exhausted
+    return watch.result(left, right, enough, passes)
 
 
 class _Basis:
@@ -142,6 +140,7 @@ class _Basis:
         old = self.rows[: self.size]
         first, block, r1 = _sweep(block, old, DEFLATION * norm)
         second, block, r2 = _sweep(block, old, 0.0)
+        assert self.size + len(block) <= len(self.rows), "no space has more directions than dimensions"
         self.newest = self.rows[self.size : self.size + len(block)]
         self.newest.copy_(block)
         self.size += len(block)
@@ -181,6 +180,7 @@ class _Watch:
         self.s = torch.zeros(0, dtype=torch.float64)
         self.radius = torch.zeros(0, dtype=torch.float64)
         self.squared_norm = 0.0
+        self.exhausted = False  # the space is invariant: the projection is the matrix itself
 
     def look(self, small: Tensor, squared_norm: float, fresh_rows: int = 0, fresh_columns: int = 0) -> None:
         """Take the triplets of the newest projection; `fresh_*` of its rows or columns met no product yet."""
@@ -192,7 +192,7 @@ class _Watch:
         self.steps.append(math.sqrt(step))
         self.u, self.s, self.vh = u[:, :k], s[:k], vh[:k]
         self.next = s[k].item() if len(s) > k else 0.0
-        self.norm = s[0].item()
+        self.norm = s[0].item() if len(s) else 0.0
         self.squared_norm = squared_norm
         # The residual on the side not yet multiplied is (I - QQ')A applied to the fresh part of v (or its mirror).
         fresh = u[len(u) - fresh_rows :, : k + 1] if fresh_rows else vh[: k + 1, vh.shape[1] - fresh_columns :].T
@@ -212,6 +212,8 @@ class _Watch:
         orthogonal to the others. Measured over eleven spectra (tests/test_svd.py), the truth lies between;
         d * r / sqrt(1 - r) is within a factor of two of it, and errs upwards where convergence is fast.
         """
+        if self.exhausted:
+            return ROUNDING * self.part
         d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
         if d0 == 0.0:
             return ROUNDING * self.part
@@ -227,7 +229,7 @@ class _Watch:
     @property
     def unique(self) -> bool:
         """False when the k-th and the next value are both settled and equal."""
-        last = self.s[-1].item()
+        last = self.s[-1].item() if len(self.s) else 0.0
         if last <= DEFLATION * self.norm or self.gap > NO_GAP:
             return True
         return max(self.radius[-1].item(), self.next_radius) > 0.01 * last
@@ -236,9 +238,8 @@ class _Watch:
         return enough(self.error, self.part) or not self.unique
 
     def result(
-        self, left: _Basis, right: _Basis, enough: Callable[[float, float], bool], passes: int, exhausted: bool
+        self, left: _Basis, right: _Basis, enough: Callable[[float, float], bool], passes: int
     ) -> TruncatedSVD:
-        error = ROUNDING * self.part if exhausted else self.error
         u = left.rows[: len(self.u)].T @ self.u.float()
         vh = self.vh.float() @ right.rows[: self.vh.shape[1]]
         top = max(self.norm, torch.finfo(torch.float32).tiny)
@@ -246,13 +247,13 @@ class _Watch:
             u=u,
             s=self.s.float(),
             vh=vh,
-            residual=self.radius.max().item() / top,
+            residual=max(self.radius.tolist(), default=0.0) / top,
             radius=tuple(self.radius.tolist()),
             squared_norm=self.squared_norm,
             gap=self.gap,
-            error=error,
+            error=self.error,
             passes=passes,
-            converged=exhausted or self.settled(enough),
+            converged=self.settled(enough),
             unique=self.unique,
         )
 

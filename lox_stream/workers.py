@@ -116,7 +116,7 @@ class Workers:
         return next((g for g in self._groups if g.next < g.count and g.error is None), None)
 
     def _work(self) -> None:
-        torch.set_num_threads(1)
+        _compute_alone()
         self._ready.wait()
         while True:
             with self._changed:
@@ -130,6 +130,16 @@ class Workers:
             elif group is not None:
                 self._advance(group)
             del job, group  # or an idle worker would keep the last tensor mapped
+
+
+def _compute_alone() -> None:
+    """Give this thread one torch thread, for good.
+
+    A thread takes over torch's default at its first parallel operation, after whatever it was told before; so that
+    operation is done here, while the default is one.
+    """
+    torch.set_num_threads(1)
+    torch.zeros(1 << 17).exp_()
 
 
 def _in_thread(action: Callable[[], object]) -> None:

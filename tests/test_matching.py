@@ -138,6 +138,8 @@ def test_alpha_zero_copies_everything_and_needs_nothing_of_base(opened):
     base, aligned = opened("base", {"z": ([2], "F32")}), opened("aligned", {"a": ([2, 2], "F8_E4M3"), "i": ([2], "I8")})
     steps = by_name(base, aligned, Options(alpha=0.0))
     assert {step.reason for step in steps.values()} == {"alpha 0"}
+    said_quantised = opened("said", {"a": ([2, 2], "F16")}, quantization_config={"quant_method": "fp8"})
+    assert problems_of(base, said_quantised, Options(alpha=0.0)) == []
 
 
 def test_a_negative_alpha_and_nothing_to_change_are_noticed(opened):

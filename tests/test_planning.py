@@ -168,6 +168,7 @@ def test_a_chat_template_in_base_alone_asks_whether_the_two_are_swapped(pair, na
     (pair[1] / "tokenizer_config.json").write_text("{}")
     (pair[0] / name).write_text(text)
     assert any("swapped" in warning for warning in plan(*pair).warnings)
+    assert plan(pair[0], pair[1] / "model.safetensors").warnings == ()  # a single file has no template to lack
     (pair[1] / name).write_text(text)
     assert plan(*pair).warnings == ()
 

@@ -95,7 +95,7 @@ def test_bf16_elements_are_those_of_the_float64_oracle(bf16_rows):
 
 def test_no_bf16_element_is_more_than_an_ulp_away(bf16_rows):
     assert [(row.name, row.worst_ulps) for row in bf16_rows if row.worst_ulps > 1] == []
-    assert sum(row.beyond for row in bf16_rows) <= 1e-6 * sum(row.elements for row in bf16_rows)
+    assert sum(row.beyond for row in bf16_rows) <= 1e-5 * sum(row.elements for row in bf16_rows)
 
 
 def test_vectors_are_copied(bf16_rows):

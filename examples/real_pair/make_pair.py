@@ -81,14 +81,18 @@ def has_bf16_instructions() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], args: argparse.Namespace):
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], args: argparse.Namespace
+) -> list[float]:
     """AdamW with ten steps of warm-up and a linear decay; returns the losses.
 
     bf16 autocast only where the CPU has instructions for it: elsewhere it is emulated and slower than float32.
     """
     fast_bf16 = has_bf16_instructions()
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.0)
-    rng, queue, losses = random.Random(args.seed), [], []
+    rng = random.Random(args.seed)
+    queue: list[Pair] = []
+    losses: list[float] = []
     model.train()
     for step in range(args.steps):
         while len(queue) < args.batch:

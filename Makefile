@@ -1,0 +1,75 @@
+# Everything runs in virtual environments that are made here, from constraints.txt: nothing but python3 (3.11 or newer)
+# and make has to be installed. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip --disable-pip-version-check --quiet --quiet
+DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])
+WHEEL := build/wheel
+BENCH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs torture bench size wheel clean
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/ready ## make a small pair of checkpoints, extrapolate it, show what came out
+	@$(BIN)/lox-stream demo
+
+test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
+	$(BIN)/pytest
+
+torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
+	$(BIN)/pytest -m torture
+
+docs: $(VENV)/ready-dev ## run the examples of README.md and docs/
+	$(BIN)/pytest tests/test_docs.py
+
+check: $(VENV)/ready-dev ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@echo "check: types, on the package as it is installed (checkers do not follow the mapping of kernels/)"
+	@rm -rf build/flat build/lib build/bdist.*
+	@$(BIN)/python $(PIP) install --no-deps --target build/flat .
+	cd build/flat && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lox_stream
+
+demo-real: ## the same on a real model: build its pair once (minutes), extrapolate it, let it answer
+test-real: ## the laws of docs/accuracy.md on that pair
+
+bench: $(VENV)/ready-dev ## the figures of docs/performance.md, some minutes; BENCH="--help" lists the options
+	$(BIN)/python benchmarks/bench_stream.py $(BENCH)
+
+size: ## lines of each module
+	@wc -l lox_stream/*.py kernels/*.py | sort -n
+
+wheel: $(VENV)/ready ## build the wheel, install it elsewhere, run it outside the repository
+	@rm -rf $(WHEEL) build/lib build/bdist.*
+	@echo "wheel: building"
+	@$(BIN)/python $(PIP) wheel --no-deps --wheel-dir $(WHEEL) .
+	@echo "wheel: installing $$(ls $(WHEEL)) with its dependencies into $(WHEEL)/venv"
+	@$(PYTHON) -m venv $(WHEEL)/venv
+	@$(WHEEL)/venv/bin/python $(PIP) install -c constraints.txt $(WHEEL)/*.whl
+	@echo "wheel: running it outside the repository"
+	@bin=$$PWD/$(WHEEL)/venv/bin && cd / && $$bin/lox-stream --version && $$bin/python -m lox_stream demo \
+	  && $$bin/python -c "import lox_stream, lox_stream.kernels as k; print('wheel:', k.__file__)"
+	@rm -rf $(WHEEL)/venv
+
+clean: ## remove what was built, the environments too
+	rm -rf build dist *.egg-info .venv .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@echo "make: installing lox-stream into $(VENV), about a minute"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP) install -c constraints.txt --editable .
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	@echo "make: installing the tools for tests and checks"
+	@$(BIN)/python $(PIP) install -c constraints.txt $$($(BIN)/python -c '$(DEV)')
+	@touch $@
+
+include examples/real_pair/real.mk

@@ -1,0 +1,217 @@
+"""The command `lox-stream`: its options and its help. Each command is carried out by a module of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lox_stream import __version__
+from lox_stream.errors import OptionError
+from lox_stream.messages import guarded
+from lox_stream.options import Options, check_platform, parse_size
+
+EPILOG = """\b
+Example:
+  lox-stream run --base llama-base --aligned llama-instruct --out llama-lox
+\b
+Exit codes:
+  0    done
+  1    error: the inputs, the output folder, the disk, or a check that failed
+  2    usage: an unknown option, or a value that cannot be obeyed (also a glob that matches no tensor)
+  3    finished, but some tensor did not reach the tolerance
+  130  stopped by SIGINT (Ctrl-C); run prints the command that goes on
+  143  stopped by SIGTERM; the same
+"""
+
+
+class _Command(click.Command):
+    """A command that refuses a platform it cannot work on, after its options were read."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        check_platform()
+        return super().invoke(ctx)
+
+
+class _Program(click.Group):
+    """The group of commands; its `main` ends the process with the documented exit codes."""
+
+    command_class = _Command
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        typed = tuple(sys.argv[1:] if args is None else args)
+        extra |= {"standalone_mode": False, "obj": typed}
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks is no reason to stop
+                stream.reconfigure(errors="backslashreplace")
+        sys.exit(guarded(lambda: super(_Program, self).main(list(typed), *rest, **extra)))
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """A number of bytes as people write it."""
+    try:
+        return parse_size(value)
+    except OptionError as error:
+        raise OptionError(f"{param.opts[0]}: {error}") from error
+
+
+FOLDER = click.Path(path_type=Path)
+DEFAULTS = Options()
+
+
+@click.group(
+    cls=_Program,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="lox-stream")
+def commands() -> None:
+    """Low-rank extrapolation (LoX) of LLM weights: aligned + alpha * (leading part of aligned - base).
+
+    Works on safetensors checkpoints of any size, at the speed of the disk, in bounded memory.
+    """
+
+
+@commands.command("run")
+@click.option("--base", type=FOLDER, required=True, metavar="DIR", help="The model before alignment.")
+@click.option("--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the result, new or empty.")
+@click.option(
+    "--rank",
+    default=DEFAULTS.rank,
+    metavar="K",
+    show_default=True,
+    help="Leading singular triplets of each difference; 0: all of it, with no SVD.",
+)
+@click.option(
+    "--alpha",
+    default=DEFAULTS.alpha,
+    metavar="A",
+    show_default=True,
+    help="Extrapolation factor; 0 gives a byte copy of the aligned weights.",
+)
+@click.option(
+    "--svd",
+    type=click.Choice(["randomized", "exact"]),
+    default=DEFAULTS.svd,
+    show_default=True,
+    help="exact: full SVD in float64, for checking and small matrices.",
+)
+@click.option(
+    "--tolerance",
+    default=DEFAULTS.tolerance,
+    metavar="T",
+    show_default=True,
+    help="Share of output elements that may differ from the exact result.",
+)
+@click.option("--skip", multiple=True, metavar="GLOB", help="Copy the tensors with these names; repeatable.")
+@click.option("--only", multiple=True, metavar="GLOB", help="Extrapolate only tensors with these names; repeatable.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default=DEFAULTS.rounding,
+    show_default=True,
+    help="stochastic keeps updates that are smaller than a rounding step, on average.",
+)
+@click.option("--seed", default=DEFAULTS.seed, metavar="N", show_default=True, help="Of stochastic rounding.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["error", "copy"]),
+    default=DEFAULTS.on_nonfinite,
+    show_default=True,
+    help="What to do with a tensor that holds NaN or Inf.",
+)
+@click.option(
+    "--device", default=DEFAULTS.device, metavar="auto|cpu|cuda|cuda:N", show_default=True, help="What computes."
+)
+@click.option(
+    "--memory",
+    callback=_size,
+    default="4GiB",
+    metavar="SIZE",
+    show_default=True,
+    help="Budget for the program's own buffers, such as 4GiB or 512M.",
+)
+@click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output in --out.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.pass_context
+def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: Any) -> int:
+    """Write the extrapolated model to a new folder.
+
+    \b
+    Example:
+      lox-stream run --base llama-base --aligned llama-instruct --out llama-lox --rank 6 --alpha 1.25
+    """
+    from lox_stream.cli_run import Request, carry_out
+
+    flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "as_json", "quiet")}
+    options = Options(memory_bytes=given.pop("memory"), **given)
+    return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
+
+
+@commands.command("inspect")
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, each tensor in it.")
+def _inspect(folder: Path, as_json: bool) -> int:
+    """Show what a checkpoint holds and what `run` would do with it.
+
+    \b
+    Example:
+      lox-stream inspect llama-instruct
+    """
+    from lox_stream.cli_inspect import look
+
+    return look(folder, as_json=as_json)
+
+
+@commands.command("verify")
+@click.argument("out", type=FOLDER, metavar="OUT")
+@click.option("--base", type=FOLDER, metavar="DIR", help="The base that the run had; with --aligned.")
+@click.option("--aligned", type=FOLDER, metavar="DIR", help="The aligned model that the run had; with --base.")
+@click.option("--sample", default=3, metavar="N", show_default=True, help="Matrices to recompute, with inputs given.")
+@click.option("--seed", default=0, metavar="N", show_default=True, help="Picks the matrices.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
+def _verify(out: Path, base: Path | None, aligned: Path | None, sample: int, seed: int, as_json: bool) -> int:
+    """Check every byte of an output against the checksums of its manifest.
+
+    With --base and --aligned also recompute a sample of its matrices by a full SVD in float64, which costs minutes
+    for large ones and is said beforehand. A matrix fails when more of its elements differ than twice the share that
+    the manifest predicts and 0.2 points.
+
+    \b
+    Examples:
+      lox-stream verify llama-lox
+      lox-stream verify llama-lox --base llama-base --aligned llama-instruct --sample 5
+    """
+    if (base is None) != (aligned is None):
+        raise click.UsageError("--base and --aligned belong together: give both to recompute a sample, or neither")
+    from lox_stream.cli_verify import check_output
+
+    inputs = (base, aligned) if base is not None and aligned is not None else None
+    return check_output(out, inputs, count=sample, seed=seed, as_json=as_json)
+
+
+@commands.command("demo")
+@click.option("--keep", type=FOLDER, metavar="DIR", help="Keep the pair and the result in this folder, new or empty.")
+def _demo(keep: Path | None) -> int:
+    """Make a small pair of models, extrapolate it, and show what came out. Takes half a minute at most.
+
+    \b
+    Example:
+      lox-stream demo --keep lox-demo
+    """
+    from lox_stream.cli_demo import demonstrate
+
+    return demonstrate(keep)
+
+
+def main() -> None:
+    """The console script."""
+    commands(prog_name="lox-stream")

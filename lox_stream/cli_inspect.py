@@ -1,0 +1,25 @@
+"""`lox-stream inspect`: what a checkpoint holds, and what `run` would do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lox_stream.inspecting import inspect_checkpoint, inspection_summary
+from lox_stream.messages import echo_json, warn
+from lox_stream.signals import Interruption
+
+
+def look(path: Path, *, as_json: bool) -> int:
+    """Show a checkpoint; returns the exit code, raises CheckpointError."""
+    with Interruption(lambda: "stopped"):
+        seen = inspect_checkpoint(path)
+        if as_json:
+            echo_json(inspection_summary(seen))
+        else:
+            from lox_stream.rendering import console_of, inspection_tables
+
+            console = console_of()
+            for table in inspection_tables(seen):
+                console.print(table)
+        warn(seen.warnings)
+    return 0

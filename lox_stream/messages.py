@@ -1,0 +1,86 @@
+"""What the commands say beside their result: the one place where errors, and warnings, become messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from lox_stream.errors import CheckpointError, LoxError, OptionError
+from lox_stream.names import printable
+
+ERROR, USAGE, NOT_CONVERGED, INTERRUPTED = 1, 2, 3, 130  # exit codes; a signal's is 128 + its number
+
+
+def escaped(message: str) -> str:
+    """A message with its line breaks, and nothing else that a terminal obeys; later lines are indented."""
+    return "\n  ".join(printable(line.strip("\r")) for line in message.split("\n"))
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Each begins a line of its own on stderr."""
+    for warning in warnings:
+        click.echo("warning: " + escaped(warning), err=True)
+
+
+def echo_json(document: dict[str, Any]) -> None:
+    """The one document on stdout, in ASCII; NaN and infinities are null."""
+    from lox_stream.journal import finite  # here, so that --help does not wait for safetensors
+
+    click.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+
+
+def guarded(action: Callable[[], Any]) -> int:
+    """Run a command: its exit code, or a message on stderr and the code of what went wrong."""
+    try:
+        code = int(action() or 0)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        if error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        _say(error.format_message())
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return INTERRUPTED
+    except LoxError as error:
+        _say_problems(error)
+        return USAGE if isinstance(error, OptionError) else ERROR
+    except BrokenPipeError:  # whoever read our stdout has gone: nothing more can be said there, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror or error}. Check the path, its permissions and its disk")
+        return ERROR
+    except Exception as error:
+        _say_unexpected(error)
+        return ERROR
+    return code
+
+
+def _say(message: str) -> None:
+    click.echo("error: " + escaped(message), err=True)
+
+
+def _say_problems(error: LoxError) -> None:
+    """One message as it is; several as a list."""
+    problems = error.problems if isinstance(error, CheckpointError) else (str(error),)
+    if len(problems) == 1:
+        _say(problems[0])
+    else:
+        _say("\n".join([f"{len(problems)} problems:", *(f"- {text}" for text in problems)]))
+
+
+def _say_unexpected(error: Exception) -> None:
+    """No memory, which torch reports as a RuntimeError, or a bug."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        _say("not enough memory. Use a smaller --memory or fewer --threads, or close other programs")
+    else:
+        click.echo("".join(traceback.format_exception(error)), err=True)
+        _say("this is a bug in lox-stream: please report it with the lines above and `lox-stream --version`")

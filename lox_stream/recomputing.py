@@ -1,0 +1,191 @@
+"""Recomputing a sample of an output's matrices in float64, by a full SVD that shares no code with the solver.
+
+The update of each matrix is taken anew from the two inputs, added in float64 and rounded once; then the output's
+elements are compared bit by bit. A matrix passes when no more of them differ than twice the share that the manifest
+predicts and 0.2 points (the prediction was right within 0.15 points wherever it was measured), and one element.
+For float32 and float64, where nearly every element moves by an ulp, the update as a whole has to be right to 1e-4.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lox_stream.kernels import key_of
+from lox_stream.kernels.random_words import words16
+from lox_stream.options import Options
+from lox_stream.reader import TORCH_DTYPES, mapped
+from lox_stream.sampling import Sample, Unit
+from lox_stream.workers import Workers
+
+SLACK = 0.002  # of the elements, and twice the predicted share
+WIDE_SLACK = 1e-4  # of |update|, for float32 and float64: ten times what the solver aims at
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """What a matrix should be: float64, (m, n) each."""
+
+    update: Tensor  # alpha * rank-k part of delta
+    total: Tensor  # W1 + update, before the rounding
+    rest: float  # |alpha * (delta - rank-k part)|_F
+    singular_values: tuple[float, ...]  # all of delta's, at most the first 32; () without an SVD
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How one matrix of the output agrees with its float64 recomputation."""
+
+    name: str  # with [index] in a stack
+    shape: tuple[int, int]
+    dtype: str
+    kind: str  # "rank-k" | "full rank" | "copy"
+    elements: int
+    same: int  # bit by bit
+    predicted_share: float | None  # of elements that differ, as the manifest says
+    update_error: float | None  # |output - W1 - update|_F / |update|_F, rounding included
+    unique: bool
+    ok: bool
+    elapsed_s: float
+    singular_values: tuple[float, ...]  # the first ones, float64
+
+    @property
+    def share(self) -> float:
+        return self.same / self.elements if self.elements else 1.0
+
+
+def compare_all(sample: Sample) -> Iterator[Comparison]:
+    """Recompute every matrix of the sample, and yield each as it is done.
+
+    The caller's thread does not compute; `sample.workers` matrices are in work at once, each on one core.
+    """
+    results: queue.SimpleQueue[Comparison | BaseException] = queue.SimpleQueue()
+
+    def job(unit: Unit) -> None:
+        try:
+            results.put(compare(unit, sample.options))
+        except BaseException as problem:  # raised below
+            results.put(problem)
+
+    with Workers(sample.workers) as workers:
+        for unit in sample.units:
+            workers.submit(lambda unit=unit: job(unit))  # type: ignore[misc]
+        for _ in sample.units:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+
+
+def compare(unit: Unit, options: Options) -> Comparison:
+    """One matrix of the output against its recomputation, or against the aligned one where it is a copy."""
+    started = time.perf_counter()
+    seen = _compare_copy(unit) if unit.copied else _compare_matrix(unit, options)
+    low_rank = 0 < unit.step.rank < min(unit.step.m, unit.step.n)
+    return Comparison(
+        name=unit.name,
+        shape=unit.shape,
+        dtype=unit.step.aligned.dtype,
+        kind="copy" if unit.copied else "rank-k" if low_rank else "full rank",
+        elements=seen.elements,
+        same=seen.same,
+        predicted_share=unit.predicted_share,
+        update_error=seen.update_error,
+        unique=unit.unique,
+        ok=seen.ok,
+        elapsed_s=time.perf_counter() - started,
+        singular_values=seen.singular_values,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    elements: int
+    same: int
+    ok: bool
+    update_error: float | None = None
+    singular_values: tuple[float, ...] = ()
+
+
+def _compare_copy(unit: Unit) -> _Seen:
+    """Elements are bytes here, whatever the dtype."""
+    with mapped(unit.step.aligned) as aligned, mapped(unit.out) as out:
+        span = slice(unit.first_byte, unit.first_byte + unit.n_bytes)
+        same = int((np.frombuffer(aligned[span], np.uint8) == np.frombuffer(out[span], np.uint8)).sum())
+    return _Seen(unit.n_bytes, same, same == unit.n_bytes)
+
+
+def _compare_matrix(unit: Unit, options: Options) -> _Seen:
+    step = unit.step
+    assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    with mapped(step.aligned) as aligned, mapped(step.base) as base, mapped(unit.out) as written:
+        w1 = _matrix(aligned, step.aligned.dtype, unit).clone()
+        w0 = _matrix(base, step.base.dtype, unit).clone()
+        out = _matrix(written, unit.out.dtype, unit).clone()
+    exact = recomputed(w1, w0, step.rank, options.alpha)
+    key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
+    right = rounded_once(exact.total, w1.dtype, key, unit.index * step.m * step.n)
+    same = int((right.view(BITS[w1.dtype]) == out.view(BITS[w1.dtype])).sum())
+    done, norm = out.double() - w1.double(), float(exact.update.norm())
+    error = float((done - exact.update).norm()) / norm if norm else None
+    if not unit.unique:  # any of many parts is right, so what counts is how much of delta it leaves
+        ok = float((done - options.alpha * (w1.double() - w0.double())).norm()) <= (1 + 1e-4) * exact.rest + _grid(out)
+    elif w1.dtype in (torch.bfloat16, torch.float16):
+        ok = w1.numel() - same <= w1.numel() * (2 * (unit.predicted_share or 0.0) + SLACK) + 1
+    else:
+        eps = torch.finfo(w1.dtype).eps
+        ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
+    return _Seen(w1.numel(), same, ok, error, exact.singular_values)
+
+
+def _matrix(data: memoryview, dtype: str, unit: Unit) -> Tensor:
+    """The unit's (m, n) matrix out of its tensor's bytes."""
+    step = unit.step
+    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=step.count * step.m * step.n)
+    return flat.view(step.count, step.m, step.n)[unit.index]
+
+
+def _grid(out: Tensor) -> float:
+    """|ulp|_F: the most that rounding can have moved the matrix."""
+    finfo = torch.finfo(out.dtype)
+    _, exponent = torch.frexp(out.double().abs().clamp(min=finfo.tiny))
+    return float(torch.ldexp(torch.full_like(out, finfo.eps, dtype=torch.float64), exponent - 1).norm())
+
+
+def recomputed(w1: Tensor, w0: Tensor, rank: int, alpha: float) -> Exact:
+    """W1 + alpha * rank-k part of (W1 - W0), (m, n) each, by LAPACK's full SVD in float64; rank 0 is full rank."""
+    delta = w1.double() - w0.double()
+    if not 0 < rank < min(delta.shape):
+        return Exact(alpha * delta, w1.double() + alpha * delta, 0.0, ())
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    update = (u[:, :rank] * (alpha * s[:rank])) @ vh[:rank]
+    return Exact(update, w1.double() + update, abs(alpha) * float(s[rank:].norm()), tuple(s[:32].tolist()))
+
+
+def rounded_once(total: Tensor, dtype: torch.dtype, key: tuple[int, int] | None = None, first: int = 0) -> Tensor:
+    """float64 `total` in `dtype`, rounded once: to nearest even, or with the words of `key` for 16 bits.
+
+    torch takes float64 to bfloat16 through float32 and rounds twice; here a number is first brought onto the grid of
+    its dtype (spacing 2^(e - p), e clamped at the subnormals), which makes the conversion exact.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return total.to(dtype)
+    finfo = torch.finfo(dtype)
+    value = total.numpy()
+    _, exponent = np.frexp(value)
+    lowest = round(math.log2(finfo.tiny))
+    place = np.ldexp(finfo.eps, np.maximum(exponent - 1, lowest))
+    if key is None:
+        return torch.from_numpy(np.rint(value / place) * place).to(dtype)
+    part = words16(first, value.size, key).reshape(value.shape) * 2.0**-16
+    if dtype == torch.float16:  # as the kernels have it: towards the upper one
+        return torch.from_numpy(np.floor(value / place + part) * place).to(dtype)
+    return torch.from_numpy(np.copysign(np.floor(np.abs(value) / place + part) * place, value)).to(dtype)

@@ -1,0 +1,219 @@
+"""Tables for people: plans, summaries, checkpoints, comparisons. Nothing in here computes.
+
+Every cell is a rich Text made of printable characters, so that a name from a stranger's file is neither markup nor
+an order to the terminal.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from lox_stream.names import pattern_of, printable
+from lox_stream.planning import Plan, Step, memory_needed
+from lox_stream.showing import budget_text, counted, size_text, time_text
+
+if TYPE_CHECKING:
+    from lox_stream.api import Summary
+    from lox_stream.inspecting import Inspection
+    from lox_stream.recomputing import Comparison
+
+PIPE_WIDTH = 140  # of a table that goes to a file or a pipe
+
+
+def console_of(*, stderr: bool = False) -> Console:
+    """A console without markup or highlighting; colours as NO_COLOR and the terminal want them."""
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(PIPE_WIDTH, console.width)
+    return console
+
+
+def cell(value: object, style: str = "") -> Text:
+    return Text(printable(str(value)), style=style, overflow="fold")
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Group:
+    """A table; the columns whose numbers are in `right` hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    numeric = set(right)
+    for number, column in enumerate(columns):
+        table.add_column(
+            cell(column), justify="right" if number in numeric else "left", no_wrap=number in numeric, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*map(cell, row))
+    return Group(cell(title, "bold"), table)
+
+
+def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Group:
+    """Names and values, one a line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(cell(name, "dim"), cell(value))
+    return Group(cell(title, "bold"), table)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`84.2 %`; what no tensor has is a dash. A share next to 1 is not rounded up to it."""
+    if share is None:
+        return "-"
+    while digits < 5 and 0 < 1 - share < 0.5 * 10 ** -(digits + 2):
+        digits += 1
+    return f"{100 * share:.{digits}f} %"
+
+
+def shape_text(shapes: Iterable[tuple[int, ...]], most: int = 2) -> str:
+    """`576 x 1536`, several of them with commas, and the rest counted."""
+    texts = [" x ".join(map(str, shape)) or "scalar" for shape in dict.fromkeys(shapes)]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def plan_tables(plan: Plan) -> list[Group]:
+    """A plan: tensors that differ only in numbers (layers, experts) share a row."""
+    groups: dict[tuple[str, ...], list[Step]] = {}
+    for step in plan.steps:
+        groups.setdefault((pattern_of(step.name), step.action, step.reason, step.aligned.dtype), []).append(step)
+    rows = [
+        (
+            pattern if len(steps) > 1 else steps[0].name,
+            len(steps),
+            shape_text(step.aligned.shape for step in steps),
+            dtype,
+            action,
+            reason,
+            size_text(sum(step.aligned.n_bytes for step in steps)),
+        )
+        for (pattern, action, reason, dtype), steps in groups.items()
+    ]
+    columns = ("tensors", "count", "shape", "dtype", "action", "why", "size")
+    return [table_of("Plan", columns, rows, right=(1, 6)), pairs_table("Totals", _plan_totals(plan))]
+
+
+def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
+    changed = [step for step in plan.steps if step.action == "extrapolate"]
+    copied = [step for step in plan.steps if step.action == "copy"]
+    rank = f"rank {plan.options.rank}" if plan.options.rank else "full rank"
+    rows: list[tuple[str, object]] = [
+        ("base", plan.base.root),
+        ("aligned", plan.aligned.root),
+        ("out", plan.out),
+        ("extrapolate", f"{counted(len(changed), 'tensor')}, {_size(changed)}, {rank}, alpha {plan.options.alpha:g}"),
+        (
+            "copy",
+            f"{counted(len(copied), 'tensor')}, {_size(copied)}, {counted(len(plan.aligned.companions), 'other file')}",
+        ),
+    ]
+    if changed:
+        most = max(changed, key=lambda step: memory_needed(step, plan.options))
+        needed = budget_text(memory_needed(most, plan.options))
+        rows.append(("memory", f"{needed} for {most.name}, of a budget of {budget_text(plan.options.memory_bytes)}"))
+    return rows
+
+
+def _size(steps: Sequence[Step]) -> str:
+    return size_text(sum(step.aligned.n_bytes for step in steps))
+
+
+def summary_table(summary: Summary, *, kept: bool = True) -> Group:
+    """What a run did; where the output is `kept` also where, and the next command to type."""
+    total = summary.totals
+    moved = summary.read_bytes + summary.written_bytes
+    rows: list[tuple[str, object]] = [
+        ("output", summary.out),
+        ("time", time_text(summary.elapsed_s)),
+        (
+            "rate",
+            f"{size_text(moved / max(summary.elapsed_s, 1e-9))}/s, {size_text(summary.read_bytes)} read and "
+            f"{size_text(summary.written_bytes)} written",
+        ),
+        ("extrapolated", f"{total.extrapolated} of {total.tensors} tensors, {size_text(total.n_bytes)} in all"),
+        ("copied", f"{total.copied} tensors, of which {total.identical} are the same in base and aligned"),
+        ("energy captured", f"{percent(total.energy)} of |delta|^2 lies in the leading singular triplets"),
+        ("retention", f"{percent(total.retention)} of the update survives the rounding to the output's dtype"),
+        (
+            "worst predicted",
+            f"{percent(total.predicted_share, 4)} of a tensor's elements may differ from the exact result",
+        ),
+        ("next", verify_command(summary)),
+    ]
+    shown = {"energy captured": total.energy, "retention": total.retention, "worst predicted": total.predicted_share}
+    rows = [row for row in rows if shown.get(row[0], 0) is not None and (kept or row[0] not in ("output", "next"))]
+    return pairs_table("Done", rows)
+
+
+def verify_command(summary: Summary) -> str:
+    return f"lox-stream verify {shlex.quote(str(summary.out))}"
+
+
+def inspection_tables(seen: Inspection) -> list[Group]:
+    """A checkpoint: its groups of tensors, and the whole in numbers."""
+    rows = [
+        (
+            group.pattern if group.count > 1 else name,
+            group.count,
+            shape_text(group.shapes),
+            ", ".join(group.dtypes),
+            size_text(group.n_bytes),
+            ", ".join(group.actions),
+            ", ".join(group.reasons),
+        )
+        for group, name in zip(seen.groups, _first_names(seen), strict=True)
+    ]
+    columns = ("tensors", "count", "shape", "dtype", "size", "run would", "why")
+    return [table_of("Tensors", columns, rows, right=(1, 4)), pairs_table("Checkpoint", _inspection_totals(seen))]
+
+
+def _first_names(seen: Inspection) -> list[str]:
+    first: dict[str, str] = {}
+    for row in seen.rows:
+        first.setdefault(row.group, row.name)
+    return [first[group.pattern] for group in seen.groups]
+
+
+def _inspection_totals(seen: Inspection) -> list[tuple[str, object]]:
+    tied = ", ".join(f"{name} -> {holder}" for name, holder in seen.tied.items())
+    schemes = ", ".join(f"{scheme} ({counted(count, 'tensor')})" for scheme, count in seen.quantisation.items())
+    said = {None: "config.json does not say", True: "config.json says tied", False: "config.json says not tied"}
+    return [
+        ("path", seen.path),
+        ("architecture", seen.architecture or "unknown"),
+        ("shards", seen.n_shards),
+        ("tensors", f"{len(seen.rows)}, {seen.n_elements:,} elements, {size_text(seen.n_bytes)}"),
+        ("by dtype", _sizes(seen.bytes_by_dtype)),
+        ("by action", _sizes(seen.bytes_by_action)),
+        ("tied", f"{tied or 'none'} ({said[seen.says_tied]})"),
+        ("quantisation", ", ".join(filter(None, [seen.quantisation_method or "", schemes])) or "none"),
+        ("other files", ", ".join(path.as_posix() for path in seen.companions) or "none"),
+    ]
+
+
+def _sizes(sums: dict[str, int]) -> str:
+    return ", ".join(f"{key} {size_text(n_bytes)}" for key, n_bytes in sums.items()) or "none"
+
+
+def comparison_table(compared: Sequence[Comparison]) -> Group:
+    """Recomputed matrices: the share of elements that agree bit by bit, measured and predicted."""
+    rows = [
+        (
+            seen.name,
+            shape_text([seen.shape]),
+            seen.kind,
+            percent(seen.share, 2),
+            "-" if seen.predicted_share is None else percent(1 - seen.predicted_share, 2),
+            "-" if seen.update_error is None or seen.predicted_share is not None else f"{seen.update_error:.1e}",
+            time_text(seen.elapsed_s),
+            ("ok" if seen.ok else "FAILED") + ("" if seen.unique else " (not unique)"),
+        )
+        for seen in compared
+    ]
+    columns = ("matrix", "shape", "part", "bits agree", "predicted", "|error| / |update|", "time", "")
+    return table_of("Against a full SVD in float64", columns, rows, right=(3, 4, 5, 6))

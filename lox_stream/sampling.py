@@ -1,0 +1,190 @@
+"""Which matrices of a finished output to recompute, and what that will cost: the plan of `verify` with inputs."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from lox_stream.costs import exact_bytes
+from lox_stream.errors import CheckpointError, OptionError, OutputError
+from lox_stream.manifest import read_manifest
+from lox_stream.matching import Step
+from lox_stream.names import listing, printable
+from lox_stream.options import Options, check_options
+from lox_stream.planning import Plan, plan
+
+CORE_FLOPS = 2e10  # float64 SVD, one core of an AMD EPYC (Zen 4) with other work beside it
+COPY_BPS = 1e9
+AGAIN = "Run again with --overwrite"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One matrix of the output: a whole tensor, or one of a stack."""
+
+    step: Step
+    index: int  # in the stack; 0 otherwise
+    out: TensorInfo
+    copied: bool  # the output has to be the aligned tensor
+    predicted_share: float | None  # of elements that differ from the exact result, as the manifest says
+    unique: bool  # whether the rank-k part is
+
+    @property
+    def name(self) -> str:
+        return self.step.name if self.step.count == 1 or self.copied else f"{self.step.name}[{self.index}]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n); of a copied tensor its elements as one row."""
+        return (1, prod(self.step.aligned.shape)) if self.copied else (self.step.m, self.step.n)
+
+    @property
+    def first_byte(self) -> int:
+        return 0 if self.copied else self.index * self.n_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        return self.out.n_bytes if self.copied else self.out.n_bytes // self.step.count
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is to be recomputed, and its cost: an estimate, for a person who may not want to wait."""
+
+    options: Options  # of the run
+    units: tuple[Unit, ...]
+    workers: int  # matrices in work at once
+    flops: float  # float64
+    expected_s: float
+    memory_bytes: int
+    too_large: tuple[str, ...]  # matrices that half of this machine's memory cannot hold
+
+
+def choose_sample(out: str | Path, base: str | Path, aligned: str | Path, *, count: int = 3, seed: int = 0) -> Sample:
+    """Up to `count` matrices out of those that the run extrapolated, filled up with copied tensors.
+
+    The same seed picks the same ones. A matrix's chance is as 1 / cost, so that the sample costs about as much as
+    `count` typical matrices, however large the embeddings are. Raises CheckpointError for inputs that are not those
+    of the manifest, OutputError for a manifest that does not say what was run.
+    """
+    if count < 1:
+        raise OptionError(f"--sample is {count}, expected 1 or more matrices")
+    options, units = units_of(out, base, aligned)
+    limit = _memory_limit()
+    fitting = [unit for unit in units if _unit_bytes(unit) <= limit]
+    too_large = tuple(unit.name for unit in units if _unit_bytes(unit) > limit)
+    chosen = _weighted((unit for unit in fitting if not unit.copied), count, seed)
+    chosen += _weighted((unit for unit in fitting if unit.copied), count - len(chosen), seed)
+    return _with_cost(options, chosen, too_large, limit)
+
+
+def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Options, list[Unit]]:
+    """The options of a finished run and every matrix of its output; errors as for `choose_sample`."""
+    folder = Path(out) if Path(out).is_dir() else Path(out).parent
+    said = read_manifest(folder)
+    options = _options(folder, said["options"])
+    made = plan(base, aligned, options=options)
+    _check_inputs(said["inputs"], made)
+    return options, list(_units(made, open_checkpoint(out), said["tensors"], folder))
+
+
+def _options(folder: Path, said: dict[str, Any]) -> Options:
+    """The options of the run, as the manifest has them."""
+    known = {field.name: said.get(field.name) for field in fields(Options)}
+    for name in ("skip", "only"):
+        known[name] = tuple(known[name] or ())
+    try:
+        options = Options(**known)  # type: ignore[arg-type]
+        check_options(options)
+    except (TypeError, OptionError) as error:
+        raise OutputError(f"{folder}: its manifest holds options that mean nothing: {error}. {AGAIN}") from error
+    return options
+
+
+def _check_inputs(said: dict[str, Any], made: Plan) -> None:
+    """The headers of both inputs have to be those of the manifest."""
+    problems = []
+    for side, checkpoint in (("base", made.base), ("aligned", made.aligned)):
+        record = said.get(side)
+        expected = record.get("shards", {}) if isinstance(record, dict) else {}
+        found = {
+            shard.name: {"size": shard.size_bytes, "header_xxh3_128": shard.header_hash} for shard in checkpoint.shards
+        }
+        wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+        if wrong:
+            was = record.get("path") if isinstance(record, dict) else None
+            problems.append(
+                f"{side}: {printable(checkpoint.root)}: is not what the output was made from: size or header differ "
+                f"from the manifest's in {listing(wrong)}. Give the one that was used: {printable(str(was))}"
+            )
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:
+    for step in made.steps:
+        row, written = rows.get(step.name), out.tensors.get(step.name)
+        if not isinstance(row, dict) or written is None or written.n_bytes != step.aligned.n_bytes:
+            raise OutputError(f"{folder}: {printable(step.name)}: manifest, output and aligned do not agree. {AGAIN}")
+        facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
+        if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != step.count:
+            yield Unit(step, 0, written, True, None, True)
+            continue
+        for index, matrix in enumerate(facts):
+            share = matrix.get("predicted_share")
+            yield Unit(step, index, written, False, share, matrix.get("unique") is not False)
+
+
+def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:
+    """`count` units without replacement, the chance of each as 1 / cost (Efraimidis and Spirakis 2006)."""
+    keyed = []
+    for unit in sorted(units, key=lambda unit: unit.name):
+        chance = random.Random(f"{seed}:{unit.name}").random() or 0.5
+        keyed.append((-math.log(chance) * (_seconds(unit) + 1e-3), unit))
+    return [unit for _, unit in sorted(keyed, key=lambda pair: pair[0])[: max(count, 0)]]
+
+
+def _flops(unit: Unit) -> float:
+    """Of a full SVD with both thin factors: 6 q p^2 + 20 p^3 for a p-by-q matrix, p <= q (Golub and Van Loan, 8.6)."""
+    p, q = sorted(unit.shape)
+    if unit.copied or not 0 < unit.step.rank < p:
+        return 0.0
+    return 6.0 * q * p * p + 20.0 * p**3
+
+
+def _seconds(unit: Unit) -> float:
+    return _flops(unit) / CORE_FLOPS + 3 * unit.n_bytes / COPY_BPS
+
+
+def _unit_bytes(unit: Unit) -> int:
+    """Most bytes that one recomputation holds."""
+    m, n = unit.shape
+    return unit.n_bytes if unit.copied else exact_bytes(m, n) + 4 * 8 * m * n
+
+
+def _with_cost(options: Options, units: list[Unit], too_large: tuple[str, ...], limit: int) -> Sample:
+    largest = max((_unit_bytes(unit) for unit in units), default=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(cores, len(units), limit // largest))
+    seconds = [_seconds(unit) for unit in units]
+    return Sample(
+        options=options,
+        units=tuple(units),
+        workers=workers,
+        flops=sum(map(_flops, units)),
+        expected_s=max([sum(seconds) / workers, *seconds]),
+        memory_bytes=sum(sorted(map(_unit_bytes, units))[-workers:]),
+        too_large=too_large,
+    )
+
+
+def _memory_limit() -> int:
+    """Half of the machine's memory, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,243 @@
+"""The solver against LAPACK in float64, over spectra whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lox_stream.costs import basis_columns, block_width
+from lox_stream.svd import NO_GAP, relative, truncated_svd
+from lox_stream.synthetic import matrix, power_law
+
+EPS = torch.finfo(torch.float32).eps
+RANK = 6
+
+
+class Dense:
+    """An operator over a dense matrix that counts its products."""
+
+    def __init__(self, a):
+        self.a = a.float()
+        self.shape = tuple(a.shape)
+        self.passes = 0
+
+    def matmul(self, x):
+        assert x.dtype == torch.float32
+        self.passes += 1
+        return self.a @ x
+
+    def rmatmul(self, y):
+        assert y.dtype == torch.float32
+        self.passes += 1
+        return self.a.T @ y
+
+    def squared_norm(self):
+        assert self.passes, "asked before the first product"
+        return float(self.a.double().square().sum())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_and_spikes(size, ratio):
+    bulk = torch.linalg.svdvals(torch.randn(size, size, generator=generator(1), dtype=torch.float64))
+    return torch.cat([torch.linspace(2, 1, RANK), bulk[: size - RANK] / bulk[0] * ratio]).float()
+
+
+def spectra(size):
+    i = torch.arange(1, size + 1, dtype=torch.float32)
+    step = torch.full((size,), 0.1)
+    step[:RANK] = 1.0
+    return {
+        "power 0.55": i**-0.55,
+        "power 0.55, s7/s6 0.95": power_law(size),
+        "power 1": i**-1.0,
+        "power 2": i**-2.0,
+        "exponential": torch.exp(-i / 10),
+        "step": step,
+        "noise 0.5": noise_and_spikes(size, 0.5),
+        "noise 0.9": noise_and_spikes(size, 0.9),
+        "noise 0.97": noise_and_spikes(size, 0.97),
+        "clusters": torch.cat([torch.tensor([2.0, 2, 2, 1, 1, 1]), torch.full((size - 6,), 0.5)]),
+    }
+
+
+SPECTRA = spectra(320)
+
+
+def planted(name, m=320, n=320):
+    return matrix(m, n, spectra(min(m, n))[name], generator(2)).double()
+
+
+def rank_part(a, rank=RANK):
+    u, s, vh = torch.linalg.svd(a.float().double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank], s
+
+
+def product(found):
+    return (found.u.double() * found.s.double()) @ found.vh.double()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+def test_the_predicted_error_is_the_true_one_within_a_factor_of_three(name, tolerance):
+    """Fast decay may be overestimated more: there the next product settles it anyway."""
+    a = planted(name)
+    found = truncated_svd(Dense(a), RANK, generator=generator(), enough=relative(tolerance))
+    part, _ = rank_part(a)
+    true = float(torch.linalg.norm(product(found) - part))
+    assert found.converged
+    assert true <= 3 * tolerance * float(torch.linalg.norm(part))
+    assert found.error >= true / 3
+    assert found.error <= max(10 * true, 8 * EPS * float(torch.linalg.norm(part)))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("shape", [(320, 320), (320, 96), (96, 320)])
+def test_residual_and_intervals_hold(name, shape):
+    a = planted(name, *shape).float().double()
+    found = truncated_svd(Dense(a), RANK, generator=generator(), enough=relative(1e-3))
+    u, v, s = found.u.double(), found.vh.double().T, found.s.double()
+    residuals = torch.maximum(
+        torch.linalg.vector_norm(a @ v - u * s, dim=0), torch.linalg.vector_norm(a.T @ u - v * s, dim=0)
+    )
+    assert float(residuals.max() / s[0]) <= found.residual
+    true = torch.linalg.svdvals(a)
+    for value, radius in zip(s, found.radius, strict=True):
+        assert float((true - value).abs().min()) <= radius
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_factors_are_orthonormal_and_values_descend(name):
+    found = truncated_svd(Dense(planted(name)), RANK, generator=generator())
+    eye = torch.eye(RANK, dtype=torch.float64)
+    assert torch.allclose(found.u.double().T @ found.u.double(), eye, atol=20 * EPS, rtol=0)
+    assert torch.allclose(found.vh.double() @ found.vh.double().T, eye, atol=20 * EPS, rtol=0)
+    assert (found.s[:-1] >= found.s[1:] * (1 - 4 * EPS)).all()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_gap_is_the_true_gap(name):
+    a = planted(name)
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    _, s = rank_part(a)
+    assert found.gap == pytest.approx(float((s[5] - s[6]) / s[5]), abs=0.01)
+
+
+def test_passes_are_counted_and_there_are_at_least_two_blocks():
+    op = Dense(planted("step"))
+    found = truncated_svd(op, RANK, generator=generator(), enough=lambda error, part: True)
+    assert found.passes == op.passes >= 3
+
+
+def test_easy_matrices_stop_early_and_hard_ones_go_on():
+    passes = {
+        name: truncated_svd(Dense(planted(name)), RANK, generator=generator(), enough=relative(1e-4)).passes
+        for name in ("power 2", "power 0.55", "noise 0.97")
+    }
+    assert passes["power 2"] < passes["power 0.55"] < passes["noise 0.97"]
+
+
+def test_the_same_generator_gives_the_same_bits():
+    a = planted("power 0.55")
+    first, second = (truncated_svd(Dense(a), RANK, generator=generator(7)) for _ in range(2))
+    assert torch.equal(first.u, second.u)
+    assert torch.equal(first.vh, second.vh)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rank"),
+    [
+        (1, 50, 1),
+        (50, 1, 1),
+        (1, 1, 1),
+        (2, 2, 1),
+        (7, 300, 6),
+        (300, 7, 6),
+        (17, 17, 16),
+        (5000, 64, 6),
+        (64, 5000, 6),
+    ],
+)
+def test_oblong_and_tiny_matrices(m, n, rank):
+    a = torch.randn(m, n, generator=generator(3), dtype=torch.float64).float().double()
+    found = truncated_svd(Dense(a), rank, generator=generator())
+    part, _ = rank_part(a, rank)
+    assert found.converged
+    assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
+
+
+@pytest.mark.parametrize("true_rank", [1, 3, 5])
+def test_rank_below_k_is_found_exactly(true_rank):
+    a = matrix(200, 150, torch.linspace(2, 1, true_rank), generator(4)).double()
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    assert found.converged
+    assert found.unique
+    assert float(torch.linalg.norm(product(found) - a)) <= 1e-5 * float(torch.linalg.norm(a))
+    assert (found.s[true_rank:] <= 1e-5 * found.s[0]).all()
+
+
+def test_exact_rank_k_is_the_whole_matrix():
+    a = matrix(200, 150, torch.linspace(2, 1, RANK), generator(4)).double()
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    assert float(torch.linalg.norm(product(found) - a)) <= 1e-5 * float(torch.linalg.norm(a))
+    assert found.unique
+
+
+def test_zero_has_no_triplets():
+    found = truncated_svd(Dense(torch.zeros(40, 30)), RANK, generator=generator())
+    assert found.s.numel() == 0
+    assert found.u.shape == (40, 0)
+    assert found.vh.shape == (0, 30)
+    assert found.converged
+    assert found.residual == 0.0
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        torch.ones(200),
+        torch.cat([torch.linspace(3, 2, 4), torch.ones(196)]),
+        torch.ones(200).index_fill(0, torch.arange(5), 2.0),
+    ],
+    ids=["flat", "ties from the fifth", "ties from the sixth"],
+)
+def test_without_a_gap_the_result_is_as_good_as_the_best_and_says_so(spectrum):
+    a = matrix(200, 200, spectrum, generator(5)).double().float().double()
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    part, _ = rank_part(a)
+    assert found.converged
+    assert not found.unique
+    assert found.gap <= NO_GAP
+    assert float(torch.linalg.norm(a - product(found))) <= (1 + 1e-4) * float(torch.linalg.norm(a - part))
+
+
+def test_a_pair_of_equal_values_at_the_border_is_not_unique():
+    spectrum = torch.arange(1, 201, dtype=torch.float32) ** -0.7
+    spectrum[6] = spectrum[5]
+    a = matrix(200, 200, spectrum, generator(6)).double()
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    part, _ = rank_part(a)
+    assert not found.unique
+    assert float(torch.linalg.norm(a - product(found))) <= (1 + 1e-4) * float(torch.linalg.norm(a - part))
+
+
+def test_out_of_columns_is_reported_and_the_best_is_returned():
+    a = planted("noise 0.97")
+    width = block_width(320, 320, RANK)
+    found = truncated_svd(Dense(a), RANK, generator=generator(), max_columns=3 * width)
+    assert not found.converged
+    assert found.passes == 6 - 1 or found.passes == 4
+    assert found.error > 1e-5 * math.sqrt(float(found.s.square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rank"), [(4096, 4096, 6), (10, 4096, 6), (4096, 4096, 64), (1, 1, 1), (700, 500, 300)]
+)
+def test_the_basis_has_room_for_two_blocks(m, n, rank):
+    width = block_width(m, n, rank)
+    assert min(rank, m, n) <= width <= min(m, n)
+    assert basis_columns(m, n, rank) >= min(2 * width, min(m, n))
