@@ -118,8 +118,8 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]])
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     print(f"\n{title}")
     for row in (heads, ["-" * width for width in widths], *rows):
-        first, rest = row[0].ljust(widths[0]), [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([first, *rest]).rstrip())
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
 
 
 def print_record(benchmark: str, results: Mapping[str, Any]) -> None:

@@ -53,8 +53,13 @@ def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return buffer[: shape.numel()].view(shape)
 
 
-def _difference(w1: Tensor, w0: Tensor, scale: float) -> Tensor:
-    """(w1 - w0) * scale in float32, scale a power of two; exact but for the one rounding of the difference."""
+def difference(w1: Tensor, w0: Tensor | None, scale: float = 1.0) -> Tensor:
+    """(w1 - w0) * scale of one tile in float32, scale a power of two; exact but for the one rounding.
+
+    The result lies in this thread's scratch memory. Without w0, w1 is such a difference already and is returned.
+    """
+    if w0 is None:
+        return w1
     wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
     a, b = scratch(0, w1.shape, wide), scratch(1, w1.shape, wide)
     a.copy_(w1)
@@ -68,7 +73,7 @@ def _difference(w1: Tensor, w0: Tensor, scale: float) -> Tensor:
 
 def delta_matmul(
     w1: Tensor,
-    w0: Tensor,
+    w0: Tensor | None,
     x: Tensor,
     *,
     scale: float = 1.0,
@@ -77,6 +82,7 @@ def delta_matmul(
 ) -> Tensor:
     """(W1 - W0) * scale @ X: weights (m, n) of any float dtypes, x (n, l) float32 -> (m, l) float32.
 
+    With w0 None, w1 is a float32 difference that was kept (`difference`), scaled already.
     `squares`, if given, receives the sum of squares of each row tile of the difference, in tile order. Moves the
     weights once.
     """
@@ -91,7 +97,7 @@ def delta_matmul(
         band = slice(i * rows, min((i + 1) * rows, m))
         for j in range(0, n, columns):
             part = slice(j, j + columns)
-            tile = _difference(w1[band, part], w0[band, part], scale)
+            tile = difference(w1[band, part], None if w0 is None else w0[band, part], scale)
             torch.addmm(out[band], tile, x[part], beta=0 if j == 0 else 1, out=out[band])
             if squares is not None:
                 sums[i] += _sum_of_squares(tile)
@@ -110,7 +116,7 @@ def _sum_of_squares(tile: Tensor) -> float:
     return float(norms.square().sum() + flat[whole:].double().square().sum())
 
 
-def delta_rmatmul(w1: Tensor, w0: Tensor, y: Tensor, *, scale: float = 1.0, run: Run = in_order) -> Tensor:
+def delta_rmatmul(w1: Tensor, w0: Tensor | None, y: Tensor, *, scale: float = 1.0, run: Run = in_order) -> Tensor:
     """(W1 - W0).T * scale @ Y: weights (m, n) of any float dtypes, y (m, l) float32 -> (n, l) float32.
 
     A task sums `Y.T @ tile` in place over eight or more row tiles; at most 32 such sums are kept and added in order.
@@ -130,7 +136,7 @@ def delta_rmatmul(w1: Tensor, w0: Tensor, y: Tensor, *, scale: float = 1.0, run:
         out = sums[chunk, :, across]
         for top in range(chunk * span, min((chunk + 1) * span, m), rows):
             band = slice(top, min(top + rows, m))
-            tile = _difference(w1[band, across], w0[band, across], scale)
+            tile = difference(w1[band, across], None if w0 is None else w0[band, across], scale)
             torch.addmm(out, y[band].T, tile, beta=0 if top == chunk * span else 1, out=out)
 
     run(task, chunks * parts)
@@ -227,7 +233,8 @@ def _stochastic_fp16(total: Tensor, words: np.ndarray, out: Tensor) -> None:
     out.copy_(torch.from_numpy(rounded))
 
 
-def _check(w1: Tensor, w0: Tensor) -> None:
+def _check(w1: Tensor, w0: Tensor | None) -> None:
     assert w1.ndim == 2, "a weight is a matrix here"
-    assert w1.shape == w0.shape, f"aligned is {tuple(w1.shape)}, base is {tuple(w0.shape)}"
+    assert w0 is None or w1.shape == w0.shape, "base and aligned differ in shape"
+    assert w0 is not None or w1.dtype == torch.float32, "a difference that was kept is float32"
     assert w1.stride(1) == 1 or w1.shape[1] == 1, "rows have to be contiguous"

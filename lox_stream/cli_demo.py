@@ -11,7 +11,7 @@ import click
 from rich.console import Group
 
 from lox_stream.rendering import cell, console_of, percent, summary_table, table_of
-from lox_stream.showing import counted, showing, size_text, time_text
+from lox_stream.showing import counted, display, size_text, time_text
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _run(folder: Path) -> Demonstration:
     from lox_stream.demo import run_demo, timed_pair
 
     pair, making_s = timed_pair(folder)
-    with showing(console_of(stderr=True), "extrapolating", quiet=False) as show:
+    with display(console_of(stderr=True), "extrapolating", quiet=False) as show:
         return run_demo(folder, pair, making_s=making_s, progress=show)
 
 

@@ -11,10 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from lox_stream.errors import Cancelled
-from lox_stream.messages import INTERRUPTED, NOT_CONVERGED, echo_json, warn
+from lox_stream.messages import NOT_CONVERGED, echo_json, warn
 from lox_stream.names import printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
@@ -60,8 +58,8 @@ def carry_out(request: Request) -> int:
         try:
             summary = _execute(request, made, interruption)
         except Cancelled:
-            click.echo(_stopped(request), err=True)
-            return 128 + interruption.number if interruption.number is not None else INTERRUPTED
+            assert interruption.number is not None, "nobody else cancels"
+            interruption.leave(interruption.number)
     code = NOT_CONVERGED if summary.totals.not_converged else 0
     _show_summary(request, made, summary, code)
     return code
@@ -82,9 +80,9 @@ def _show_plan(request: Request, made: Plan) -> None:
 def _execute(request: Request, made: Plan, interruption: Interruption) -> Summary:
     from lox_stream.api import execute
     from lox_stream.rendering import console_of
-    from lox_stream.showing import showing
+    from lox_stream.showing import display
 
-    with showing(console_of(stderr=True), "extrapolating", quiet=request.quiet) as show, interruption.gently():
+    with display(console_of(stderr=True), "extrapolating", quiet=request.quiet) as show, interruption.gently():
         return execute(
             made, resume=request.resume, overwrite=request.overwrite, progress=show, cancel=interruption.cancel
         )

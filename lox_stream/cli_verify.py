@@ -14,7 +14,7 @@ from lox_stream.messages import echo_json, escaped
 from lox_stream.names import printable
 from lox_stream.rendering import comparison_table, console_of
 from lox_stream.sampling import Sample, choose_sample
-from lox_stream.showing import budget_text, counted, showing, size_text, time_text
+from lox_stream.showing import budget_text, counted, display, size_text, time_text
 from lox_stream.signals import Interruption
 from lox_stream.verifying import Check, verify_checksums
 
@@ -54,7 +54,7 @@ def _checksums(out: Path) -> list[Check]:
     total = read_manifest(folder)["totals"].get("n_bytes")
     checks: list[Check] = []
     started, done = time.monotonic(), 0
-    with showing(console_of(stderr=True), "checking", quiet=False) as show:
+    with display(console_of(stderr=True), "checking", quiet=False) as show:
         for check in verify_checksums(out):
             checks.append(check)
             done += check.n_bytes

@@ -39,5 +39,6 @@ def step_bytes(m: int, n: int, rank: int, svd: str, dtype: str = "") -> int:
 
 
 def thread_bytes(threads: int) -> int:
-    """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, and one out."""
-    return threads * 12 * TILE_ELEMENTS * 4
+    """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, one tile out, and
+    a small difference that is kept."""
+    return threads * 14 * TILE_ELEMENTS * 4

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lox_stream.errors import DataError
 from lox_stream.kernels import delta_matmul, delta_rmatmul, tiling
-from lox_stream.kernels.cpu import Run
+from lox_stream.kernels.cpu import Run, difference, scratch
 
+KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once
 SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
 
 
@@ -31,6 +33,7 @@ class Delta:
         self.passes = 0
         self.scale = _power_of_two(rms)
         self._squares: float | None = None
+        self._weights: tuple[Tensor, Tensor | None] = (w1, w0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,7 +42,7 @@ class Delta:
     def matmul(self, x: Tensor) -> Tensor:
         self.passes += 1
         if self._squares is not None:
-            return delta_matmul(self.w1, self.w0, x, scale=self.scale, run=self.run)
+            return delta_matmul(*self._weights, x, scale=self.scale, run=self.run)
         product = self._first(x)
         if not SANE[0] < self.squared_norm() < SANE[1]:
             largest = largest_entry(self.w1, self.w0, self.run)
@@ -47,6 +50,7 @@ class Delta:
                 self.passes += 2
                 self.scale = _power_of_two(largest)
                 product = self._first(x)
+        self._keep()
         return product
 
     def _first(self, x: Tensor) -> Tensor:
@@ -57,7 +61,18 @@ class Delta:
 
     def rmatmul(self, y: Tensor) -> Tensor:
         self.passes += 1
-        return delta_rmatmul(self.w1, self.w0, y, scale=self.scale, run=self.run)
+        return delta_rmatmul(*self._weights, y, scale=self.scale, run=self.run)
+
+    def _keep(self) -> None:
+        """Hold a small difference in float32: forming it is half of a pass, and it is as small as the pair."""
+        if self.w1.numel() <= KEPT_ELEMENTS:
+            kept = scratch(4, self.w1.shape, torch.float32)
+            rows, columns = tiling(*self.shape)
+            for top in range(0, self.shape[0], rows):
+                for left in range(0, self.shape[1], columns):
+                    tile = slice(top, top + rows), slice(left, left + columns)
+                    kept[tile] = difference(self.w1[tile], self.w0[tile], self.scale)
+            self._weights = kept, None
 
     def squared_norm(self) -> float:
         """|delta * scale|_F^2, known after the first product."""

@@ -136,7 +136,10 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
             f"{size_text(summary.written_bytes)} written",
         ),
         ("extrapolated", f"{total.extrapolated} of {total.tensors} tensors, {size_text(total.n_bytes)} in all"),
-        ("copied", f"{total.copied} tensors, of which {total.identical} are the same in base and aligned"),
+        (
+            "copied",
+            f"{counted(total.copied, 'tensor')}, {total.identical} of them because base and aligned are the same",
+        ),
         ("energy captured", f"{percent(total.energy)} of |delta|^2 lies in the leading singular triplets"),
         ("retention", f"{percent(total.retention)} of the update survives the rounding to the output's dtype"),
         (

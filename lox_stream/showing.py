@@ -91,7 +91,7 @@ def share_done(reach: Reach) -> float:
 
 
 @contextmanager
-def showing(console: Console, label: str, *, quiet: bool) -> Iterator[Show]:
+def display(console: Console, label: str, *, quiet: bool) -> Iterator[Show]:
     """The callable that shows progress while the context lasts; `console` is that of stderr."""
     if quiet:
         yield lambda reach: None

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE_S = 1.6  # a gentle stop that takes longer is cut off: the state is then that of a killed run
@@ -41,9 +41,6 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.number is not None:  # the process is about to end: a second signal cuts that short, silently
-            self._last_words = str
-            return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -60,18 +57,17 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None or not self._gentle:
-            self._leave(number)
+            self.leave(number)
         self.number = number
         self.cancel.set()
-        self._timer = threading.Timer(PATIENCE_S, self._leave, (number,))
+        self._timer = threading.Timer(PATIENCE_S, self.leave, (number,))
         self._timer.daemon = True
         self._timer.start()
 
-    def _leave(self, number: int) -> None:
+    def leave(self, number: int) -> NoReturn:
         """End the process now, whatever its threads do; a progress bar may have hidden the cursor."""
         try:
-            words = self._last_words()
             cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-            os.write(2, (cursor + words + "\n" if words else cursor).encode(errors="backslashreplace"))
+            os.write(2, f"{cursor}{self._last_words()}\n".encode(errors="backslashreplace"))
         finally:
             os._exit(128 + number)

@@ -42,11 +42,16 @@ def matrix(m: int, n: int, spectrum: Tensor, generator: torch.Generator) -> Tens
     return (u * spectrum) @ v.T
 
 
+def weight(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """(m, n) float32 normal weights of deviation 0.02."""
+    return torch.randn(m, n, generator=generator).mul_(0.02)
+
+
 def pair_of(
     m: int, n: int, generator: torch.Generator, *, dtype: torch.dtype = torch.bfloat16, spectrum: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(W0, W1) of a layer: normal weights of deviation 0.02 and a delta of RELATIVE_DELTA with `spectrum`."""
-    w0 = torch.randn(m, n, generator=generator).mul_(0.02)
+    w0 = weight(m, n, generator)
     delta = matrix(m, n, power_law(min(m, n)) if spectrum is None else spectrum, generator)
     delta *= RELATIVE_DELTA * w0.norm() / delta.norm()
     return w0.to(dtype), (w0 + delta).to(dtype)
@@ -127,7 +132,9 @@ def hash_of(seed: int, name: str) -> int:
 def _tensor(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, side: int) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
-    return pair_of(shape[0], shape[1], generator, dtype=dtype)[side]
+    if side == 0:  # delta costs a hundred times as much
+        return weight(shape[0], shape[1], generator).to(dtype)
+    return pair_of(shape[0], shape[1], generator, dtype=dtype)[1]
 
 
 def _shards_of(shapes: Mapping[str, tuple[int, ...]], count: int) -> Iterator[dict[str, tuple[int, ...]]]:

@@ -29,11 +29,16 @@ class Sample:
 
     def __init__(self, w1: Tensor, w0: Tensor) -> None:
         stride = max(1, w1.numel() // SAMPLE) | 1
-        self.dtype = w1.dtype
-        self.w1 = w1.reshape(-1)[::stride].double()
-        delta = self.w1 - w0.reshape(-1)[::stride].double()
+        some = w1.reshape(-1)[::stride].double()
+        delta = some - w0.reshape(-1)[::stride].double()
         self.delta_rms = float(delta.square().mean().sqrt())
-        self.weight_norm = float(self.w1.square().mean().sqrt()) * math.sqrt(w1.numel())
+        self.weight_norm = float(some.square().mean().sqrt()) * math.sqrt(w1.numel())
+        finfo = torch.finfo(w1.dtype)
+        self._eps, self._tiny = finfo.eps, finfo.tiny
+        exponents, counts = torch.frexp(some)[1].unique(return_counts=True)
+        self._exponents: list[tuple[int, float]] = list(
+            zip(exponents.tolist(), (counts / some.numel()).tolist(), strict=True)
+        )
 
     def share(self, error_rms: float, update_rms: float) -> float:
         """Predicted share of output elements that `error_rms` moves to another value.
@@ -42,11 +47,10 @@ class Sample:
         max(|W1|, update); e is taken as normal and independent of W1. The second term is what float32 arithmetic
         alone does, for a float64 oracle as well.
         """
-        finfo = torch.finfo(self.dtype)
-        _, exponent = torch.frexp(self.w1.abs().clamp(min=max(update_rms, finfo.tiny)))
-        ulp = torch.ldexp(torch.full_like(self.w1, finfo.eps), exponent - 1)
-        flips = (MEAN_OF_NORMAL * error_rms / ulp).clamp(max=1.0)
-        return float(flips.mean()) + 0.5 * FLOAT32_EPS / finfo.eps
+        lowest = math.frexp(max(update_rms, self._tiny))[1]
+        error = MEAN_OF_NORMAL * error_rms / self._eps
+        flips = sum(part * min(1.0, error * 2.0 ** (1 - max(e, lowest))) for e, part in self._exponents)
+        return flips + 0.5 * FLOAT32_EPS / self._eps
 
 
 @dataclass(frozen=True, slots=True)

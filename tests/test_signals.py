@@ -19,17 +19,20 @@ from lox_stream.signals import PATIENCE_S
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 WAITS = """
-import time
+import sys, time
 from lox_stream.signals import Interruption
 with Interruption(lambda: "last words") as interruption:
+    if sys.argv[1:]:
+        print("planning", flush=True)
+        time.sleep(30)
     with interruption.gently():
         print("gently", flush=True)
         if {obeys}:
             interruption.cancel.wait(30)
         else:
             time.sleep(30)
-    print("stopped", interruption.number, flush=True)
-    time.sleep(30)
+print("stopped", interruption.number, flush=True)
+time.sleep(30)
 """
 SLACK_S = 1.0  # for a machine that is busy
 
@@ -50,6 +53,15 @@ def ended(process: subprocess.Popen[str], *numbers: int) -> tuple[float, str]:
     return time.monotonic() - started, error
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_where_nothing_can_be_lost_the_first_one_ends_at_once(number):
+    process = start([sys.executable, "-c", WAITS.format(obeys=True), "planning"])
+    assert process.stdout.readline() == "planning\n"
+    took_s, error = ended(process, number)
+    assert (process.returncode, error) == (128 + number, "last words\n")
+    assert took_s < PATIENCE_S
+
+
 @pytest.mark.parametrize(("first", "second"), [(INT, INT), (INT, TERM), (TERM, INT)])
 def test_a_second_signal_ends_at_once(first, second):
     process = start([sys.executable, "-c", WAITS.format(obeys=False)])
@@ -60,13 +72,13 @@ def test_a_second_signal_ends_at_once(first, second):
     assert error.endswith("last words\n")
 
 
-def test_the_first_one_asks_and_a_second_one_is_silent_once_that_was_heard():
+def test_the_first_one_asks_and_once_that_was_heard_signals_mean_what_they_did():
     process = start([sys.executable, "-c", WAITS.format(obeys=True)])
     assert process.stdout.readline() == "gently\n"
     process.send_signal(TERM)
     assert process.stdout.readline() == "stopped 15\n"
-    took_s, error = ended(process, INT)
-    assert (process.returncode, error) == (130, "last words\n")
+    took_s, _ = ended(process, TERM)
+    assert process.returncode == -TERM
     assert took_s < PATIENCE_S
 
 
@@ -89,11 +101,11 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 @pytest.fixture(scope="module")
 def slow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Ten matrices whose deltas are noise, which takes some thirty passes each: a second or more of one thread."""
+    """Seven matrices whose deltas are noise, which takes some thirty passes each: a second or more of one thread."""
     root = tmp_path_factory.mktemp("slow pair")
     sides = root / "base", root / "aligned"
     generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.weight": torch.randn(700, 700, generator=generator) for i in range(10)}
+    base = {f"layers.{i}.weight": torch.randn(700, 700, generator=generator) for i in range(7)}
     aligned = {name: w + torch.randn(700, 700, generator=generator) * 5e-3 for name, w in base.items()}
     for side, weights in zip(sides, (base, aligned), strict=True):
         side.mkdir()
@@ -144,20 +156,3 @@ def test_a_run_stopped_twice_ends_at_once_and_can_be_resumed(slow_pair, tmp_path
     assert took_s < PATIENCE_S
     assert "--resume" in error
     assert subprocess.run(shlex.split(error.splitlines()[-1]), capture_output=True, timeout=120).returncode == 0
-
-
-def test_a_signal_before_anything_was_written_just_ends(tmp_path):
-    """Planning opens a pipe that nobody writes to, as it would a slow disk."""
-    import os
-
-    (tmp_path / "base").mkdir()
-    os.mkfifo(tmp_path / "base" / "config.json")
-    save_file({"w": torch.eye(3)}, tmp_path / "base" / "model.safetensors")
-    process = start(command_for((tmp_path / "base", tmp_path / "base"), tmp_path / "out"))
-    time.sleep(1.0)
-    if process.poll() is not None:
-        pytest.skip("planning refuses a pipe without opening it, so there is no moment to hit")
-    _, error = ended(process, TERM)
-    assert process.returncode in (143, -TERM)
-    assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
