@@ -48,11 +48,11 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
 
 
-def spawn(*words: object, code: str = "", **extra: object) -> subprocess.CompletedProcess[str]:
+def spawn(*words: object, code: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; `code` runs there when it ends."""
     text = f"import atexit, sys\nfrom lox_stream.cli import main\nsys.argv = {['lox-stream', *map(str, words)]!r}\n"
     text += f"atexit.register(lambda: exec({code!r}))\nmain()"
-    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, **extra)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
 
 
 def test_a_run_ends_with_0_a_table_and_the_next_command(pair, tmp_path):
