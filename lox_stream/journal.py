@@ -30,6 +30,8 @@ FORMAT = 1
 FREE_OPTIONS = ("device", "memory_bytes", "threads")  # no byte of the output depends on them
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 
+MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -144,7 +146,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
     refused = [
         f"--{name.replace('_', '-')} is {new['options'][name]!r}, the run began with {value!r}"
         for name, value in old["options"].items()
-        if value != new["options"].get(name)
+        if value != new["options"].get(name) and (name, value) != MAY_CHANGE
     ]
     warned = [
         f"{name} is {new['versions'].get(name)}, the run began with {value}: the last bits may differ"

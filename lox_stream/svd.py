@@ -147,7 +147,6 @@ class _Basis:
         first, block, r1 = _sweep(block, old, norm)
         second, block, r2 = _sweep(block, old, 1.0)
         self.fresh = block.shape[0]
-        assert self.size + self.fresh <= self.rows.shape[0], "no space has more directions than dimensions"
         self.rows[self.size : self.size + self.fresh] = block
         self.size += self.fresh
         return torch.cat([first + r1 @ second, r1 @ r2], dim=1)
@@ -167,7 +166,8 @@ def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Ten
     lengths = gram.diagonal().sqrt()
     longest, shortest = (float(lengths.max()), float(lengths.min())) if lengths.numel() else (0.0, 0.0)
     floor = DEFLATION * max(norm, longest)
-    if shortest * WELL_APART > floor:
+    room = old.shape[1] - old.shape[0]  # dimensions left; rounding must not pass for more of them
+    if shortest * WELL_APART > floor and block.shape[0] <= room:
         factor, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
         if not int(failed) and float(factor.diagonal().min()) > WELL_APART:
             inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / lengths), upper=False)
@@ -176,6 +176,7 @@ def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Ten
     values, vectors = torch.linalg.eigh(gram * inverse[:, None] * inverse)
     roots = values.clamp(min=0).sqrt()
     solid = (roots > EPS) & (roots * longest > floor)
+    solid[: max(block.shape[0] - room, 0)] = False  # eigenvalues ascend
     roots, vectors = roots[solid], vectors[:, solid]
     rows = (inverse[:, None] * vectors / roots).T.float() @ block
     return coefficients.double(), rows, lengths[:, None] * vectors * roots

@@ -98,7 +98,7 @@ class Output:
         lost = [shard for shard in self.plan.aligned.shards if not self._kept(shard, state.finished)]
         gone = {tensor.name for shard in lost for tensor in shard.tensors}
         kept = {name: facts for name, facts in state.finished.items() if name in self._shard_of.keys() - gone}
-        return Replay(state.header, state.sessions, kept)
+        return Replay(state.header | {"options": new["options"]}, state.sessions, kept)
 
     def _kept(self, shard: Shard, finished: Mapping[str, TensorFacts]) -> bool:
         """Whether the shard's file is the one that the journal's records speak of."""

@@ -267,8 +267,10 @@ def test_nan_stops_the_run_with_name_index_and_way_out(tmp_path, bad):
         lox_stream.extrapolate(tmp_path / "base", tmp_path / "aligned", tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     options = Options(on_nonfinite="copy")
-    summary = lox_stream.extrapolate(tmp_path / "base", tmp_path / "aligned", tmp_path / "copied", options=options)
-    assert (tmp_path / "copied" / "model.safetensors").read_bytes() == (
+    summary = lox_stream.extrapolate(
+        tmp_path / "base", tmp_path / "aligned", tmp_path / "out", options=options, resume=True
+    )
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "aligned" / "model.safetensors"
     ).read_bytes()
     assert any("copied unchanged" in warning for warning in summary.warnings)

@@ -170,6 +170,16 @@ def test_oblong_and_tiny_matrices(m, n, rank):
     assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_rounding_never_passes_for_a_dimension_more(seed):
+    """Bases that fill their space: what is left of the last blocks is rounding noise."""
+    for m, n in ((20, 20), (17, 23), (23, 17)):
+        a = torch.randn(m, n, generator=generator(seed), dtype=torch.float64).float().double()
+        found = truncated_svd(Dense(a), RANK, generator=generator(seed))
+        part, _ = rank_part(a)
+        assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
+
+
 @pytest.mark.parametrize("true_rank", [1, 3, 5])
 def test_rank_below_k_is_found_exactly(true_rank):
     a = matrix(200, 150, torch.linspace(2, 1, true_rank), generator(4)).double()
