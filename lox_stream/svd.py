@@ -155,9 +155,10 @@ class _Basis:
 def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Project `block` (b, length) off `old` (q, length) and orthonormalise: (coefficients, new rows, R).
 
-    block = coefficients @ old + R @ rows, directions under DEFLATION of `norm` left out. The Gram matrix is taken in
-    float64 and scaled to a unit diagonal. Its Cholesky factor serves where the rows are well apart; else its
-    eigenvectors do (SVQB), which show the rank and cannot fail.
+    block = coefficients @ old + R @ rows, directions under DEFLATION of `norm` left out. The Cholesky factor of the
+    Gram matrix serves where the rows are well apart; else its eigenvectors do (SVQB), which show the rank and cannot
+    fail. In float64, so that R @ rows gives the block back to float32 whatever R's condition; and the eigenvectors
+    without scaling the rows, so that one that is all rounding has no weight.
     """
     coefficients = block @ old.T
     block = block.addmm(coefficients, old, alpha=-1)
@@ -171,15 +172,13 @@ def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Ten
         factor, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
         if not int(failed) and float(factor.diagonal().min()) > WELL_APART:
             inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / lengths), upper=False)
-            return coefficients.double(), inverse.float() @ block, lengths[:, None] * factor
-    inverse = torch.where(lengths > floor, 1 / lengths, 0.0)
-    values, vectors = torch.linalg.eigh(gram * inverse[:, None] * inverse)
+            return coefficients.double(), (inverse @ wide).float(), lengths[:, None] * factor
+    values, vectors = torch.linalg.eigh(gram)
     roots = values.clamp(min=0).sqrt()
-    solid = (roots > EPS) & (roots * longest > floor)
+    solid = roots > floor
     solid[: max(block.shape[0] - room, 0)] = False  # eigenvalues ascend
     roots, vectors = roots[solid], vectors[:, solid]
-    rows = (inverse[:, None] * vectors / roots).T.float() @ block
-    return coefficients.double(), rows, lengths[:, None] * vectors * roots
+    return coefficients.double(), ((vectors / roots).T @ wide).float(), vectors * roots
 
 
 class _Watch:

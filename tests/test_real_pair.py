@@ -145,7 +145,9 @@ def test_transformers_loads_it_without_a_warning_and_its_logits_are_finite(outpu
 
 def interrupted(out: Path, stop: signal.Signals, elapsed_s: float) -> int:
     """Exit status of a run on one thread that got `stop` about `elapsed_s` after it had begun to write."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     process = subprocess.Popen(command(out, "--threads", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not list(out.glob("*.partial")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,0 +1,133 @@
+"""The benchmarks: each one runs, ends in one JSON line, and has no speed for a wrong result."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def benchmark(name):
+    """A module of benchmarks/, imported as the scripts there import each other."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def smoke(script, *options):
+    command = [sys.executable, str(BENCHMARKS / script), "--smoke", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+
+
+def last_line(text):
+    return json.loads(text.splitlines()[-1])
+
+
+def test_the_stream_benchmark_measures_everything_and_leaves_nothing(tmp_path):
+    work, results = tmp_path / "work", tmp_path / "figures.md"
+    ran = smoke("bench_stream.py", "--work", str(work), "--results", str(results))
+    assert ran.returncode == 0, ran.stderr
+    figures = last_line(ran.stdout)
+    assert figures["benchmark"] == "bench_stream"
+    assert figures == json.loads(results.with_suffix(".json").read_text())
+    pair = figures["pairs"]["smoke"]
+    assert pair["identical_to_oracle"] >= 0.9995
+    assert pair["input_bytes"] > pair["output_bytes"] > 0
+    for timing in ("alone", "floor", "run"):
+        assert pair[timing]["median_s"] > 0
+    assert set(pair["naive_shapes"]) == {"300x96", "96x128", "128x96", "48x96", "96x96"}
+    assert min(pair["peak_anon_bytes"].values()) > 10 << 20, "a process with torch holds more"
+    assert figures["command"] in results.read_text()
+    assert list(work.iterdir()) == []
+
+
+def test_the_kernel_benchmark_measures_each_kernel():
+    ran = smoke("bench_kernels.py")
+    assert ran.returncode == 0, ran.stderr
+    for timings in last_line(ran.stdout)["seconds"]["160x96"].values():
+        assert len(timings) == 6
+        assert all(timing["median_s"] > 0 for timing in timings.values())
+
+
+@pytest.mark.parametrize("kernel", ["delta_matmul", "delta_rmatmul"])
+def test_a_wrong_kernel_has_no_speed(monkeypatch, capsys, kernel):
+    bench = benchmark("bench_kernels")
+    right = getattr(bench, kernel)
+    monkeypatch.setattr(bench, kernel, lambda *args, **options: right(*args, **options) * (1 + 1e-4))
+    assert bench.main(["--smoke"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert kernel in printed.err
+
+
+def test_a_wrong_tensor_has_no_speed(monkeypatch, capsys, tmp_path):
+    bench = benchmark("bench_stream")
+    monkeypatch.setattr(bench, "ALPHA", 1.0)
+    right = bench.agreement
+    monkeypatch.setattr(bench, "agreement", lambda *args: right(*args[:-1], 1.25))
+    assert bench.main(["--smoke", "--work", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "oracle" in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_pair_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark("bench_stream").main(["--only", "135m,70b"])
+    assert ended.value.code == 2
+    assert "1.1b" in capsys.readouterr().err
+
+
+def test_a_timing_tells_its_middle():
+    timing = benchmark("harness").Timing([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert timing.median == 3.0
+    assert timing.quantile(0.5) == 3.0
+    assert timing.quantile(0.2) == pytest.approx(1.8)
+    assert str(timing) == "3.00 s (1.80 to 23.20)"
+
+
+def test_works_take_turns():
+    seen = []
+    benchmark("harness").alternate(2, {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, warm_up=False)
+    assert seen == ["a", "b", "a", "b"]
+
+
+def test_a_watched_program_is_seen_at_its_peak():
+    disk = benchmark("disk")
+    code = "import time; data = b'x' * (64 << 20); time.sleep(0.3); del data; time.sleep(0.1); raise SystemExit(3)"
+    ran = disk.watched([sys.executable, "-c", code])
+    assert ran.code == 3
+    assert 64 << 20 <= ran.peak_anon_bytes < 128 << 20
+    assert ran.elapsed_s > 0.4
+
+
+def test_the_floor_writes_what_a_run_writes(tmp_path):
+    sizes = {"a": 5 << 20, "b": 1000}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    side = [tmp_path / name for name in sizes]
+    benchmark("disk").floor([side, side], tmp_path / "out")
+    assert {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()} == sizes
+    assert all(b"\0" * 100 not in (tmp_path / "out" / name).read_bytes() for name in sizes), (
+        "written, not only reserved"
+    )
+
+
+def test_the_naive_way_agrees_with_the_oracle():
+    oracle = benchmark("oracle")
+    generator = torch.Generator().manual_seed(0)
+    w0 = torch.randn(40, 30, generator=generator).bfloat16()
+    w1 = (w0.float() + 0.01 * torch.randn(40, 30, generator=generator)).bfloat16()
+    out = benchmark("naive").naive(w1, w0, 3, 1.25)
+    assert oracle.agreement("w", w1, w0, out, 3, 1.25).share >= 0.999
