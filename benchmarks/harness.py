@@ -1,12 +1,15 @@
-"""What every benchmark here shares: timings told by their middle, the machine they were taken on, and the last line."""
+"""What every benchmark here shares: timings told by their middle, the machine they were taken on, and how results end:
+tables for people, then one JSON line."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
 VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+ROOT = Path(__file__).parents[1]
 
 
 class WrongResult(Exception):
@@ -28,11 +35,16 @@ class Timing:
     """Seconds of the same work done several times."""
 
     samples: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)  # of all threads; far over or under wall x cores: look for why
 
     def take(self, work: Callable[[], object]) -> None:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         work()
-        self.samples.append(time.perf_counter() - started)
+        self.add(time.perf_counter() - started, time.process_time() - cpu_started)
+
+    def add(self, elapsed_s: float, cpu_s: float) -> None:
+        self.samples.append(elapsed_s)
+        self.cpu_s.append(cpu_s)
 
     @property
     def median(self) -> float:
@@ -51,6 +63,7 @@ class Timing:
             "median_s": round(self.median, 6),
             "p20_s": round(self.quantile(0.2), 6),
             "p80_s": round(self.quantile(0.8), 6),
+            "cpu_s": round(statistics.median(self.cpu_s), 6),
             "repeats": len(self.samples),
         }
 
@@ -58,7 +71,7 @@ class Timing:
         """`103 ms (98 to 120)`: the median, p20 and p80."""
         unit, scale = ("s", 1.0) if self.median >= 1 else ("ms", 1e3)
         middle, low, high = (value * scale for value in (self.median, self.quantile(0.2), self.quantile(0.8)))
-        digits = 1 if middle < 100 else 0
+        digits = 2 if middle < 10 else 1 if middle < 100 else 0
         spread = f" ({low:.{digits}f} to {high:.{digits}f})" if len(self.samples) > 1 else ""
         return f"{middle:.{digits}f} {unit}{spread}"
 
@@ -75,13 +88,18 @@ def alternate(repeats: int, works: Mapping[str, Callable[[], object]], *, warm_u
     return timings
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """The machine, the versions and the commit that the figures belong to."""
     model, flags = _cpu()
     return {
         "cpu": model,
         "flags": [flag for flag in VECTOR_FLAGS if flag in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -103,8 +121,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 def _commit() -> str:
     """Short hash of HEAD, "+" after it where files differ from it; "unknown" outside a repository."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
@@ -113,16 +130,64 @@ def _commit() -> str:
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
-def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table for people; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    print(f"\n{title}")
-    for row in (heads, ["-" * width for width in widths], *rows):
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Figures for people: the first column is a name, the others are numbers."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        lines = [self.heads, ("---", *("---:" for _ in self.heads[1:])), *self.rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n\n".join((f"## {self.title}", table, *self.notes)) + "\n"
+
+    def show(self, console: Console) -> None:
+        table = RichTable(title=self.title, title_justify="left")
+        for number, head in enumerate(self.heads):
+            table.add_column(Text(head), justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        for note in self.notes:
+            console.print(Text(note))
 
 
-def print_record(benchmark: str, results: Mapping[str, Any]) -> None:
-    """One JSON line, the last one on stdout."""
+def finish(benchmark: str, tables: Sequence[Table], results: Mapping[str, Any], file: Path | None = None) -> None:
+    """Print the tables and then one JSON line; also write them to `file` (Markdown) and beside it as .json."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        table.show(console)
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(json.dumps({"benchmark": benchmark, "time": when, "machine": machine(), **results}), flush=True)
+    record = {"benchmark": benchmark, "time": when, "command": command(), "machine": machine(), **results}
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join((_preamble(record), *(table.markdown() for table in tables))))
+        file.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record), flush=True)
+
+
+def command() -> str:
+    """The command line as typed from the repository's root."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
+    return shlex.join(["python", str(name), *sys.argv[1:]])
+
+
+def _preamble(record: Mapping[str, Any]) -> str:
+    about = record["machine"]
+    lines = [
+        f"# {record['benchmark']}, {record['time'][:10]}",
+        f"    {record['command']}",
+        f"{about['cpu']} ({', '.join(about['flags'])}), {about['cores']} cores, {about['memory_gib']} GiB; "
+        f"{about['system']}; Python {about['python']}, torch {about['torch']}, lox-stream {about['lox_stream']} at "
+        f"{about['commit']}. Medians, in brackets p20 to p80.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def say(message: str) -> None:
+    """What is going on, on stderr."""
+    print(message, file=sys.stderr, flush=True)

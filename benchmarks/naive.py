@@ -15,4 +15,5 @@ def naive(w1: Tensor, w0: Tensor, rank: int, alpha: float) -> Tensor:
     delta = w1.float() - w0.float()
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     update = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return (w1.float() + alpha * update).to(w1.dtype)
+    result: Tensor = (w1.float() + alpha * update).to(w1.dtype)
+    return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.device import check_device
-from lox_stream.documents import documents
+from lox_stream.documents import written_documents
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step
@@ -107,7 +107,7 @@ def execute(
         warnings = (*plan.warnings, *output.warnings, *run_warnings(output.finished.values(), plan.options))
         elapsed_s = time.monotonic() - started
         output.publish(
-            documents(plan, output.finished, elapsed_s=elapsed_s, sessions=output.sessions, warnings=warnings)
+            written_documents(plan, output.finished, elapsed_s=elapsed_s, sessions=output.sessions, warnings=warnings)
         )
         return Summary(
             out=output.folder,

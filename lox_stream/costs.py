@@ -7,7 +7,11 @@ BASIS_COLUMNS = 512
 
 
 def block_width(m: int, n: int, rank: int) -> int:
-    """Columns of a Krylov block: ten more than the rank, in whole vectors of eight."""
+    """Columns of a Krylov block: ten more than the rank, in whole vectors of eight.
+
+    >>> block_width(4096, 4096, 6), block_width(4096, 4096, 64), block_width(12, 4096, 6)
+    (16, 80, 12)
+    """
     return min(-(-(rank + 10) // 8) * 8, m, n)
 
 

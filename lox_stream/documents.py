@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream.facts import TensorFacts
-from lox_stream.manifest import as_json, corrected_index, manifest, totals
-from lox_stream.model_card import model_card
+from lox_stream.manifest import as_json, corrected_index, manifest_of, totals
+from lox_stream.model_card import card_for
 from lox_stream.output_rules import MANIFEST, MODEL_CARD
 from lox_stream.planning import Plan
 
 
-def documents(
+def written_documents(
     plan: Plan,
     finished: Mapping[str, TensorFacts],
     *,
@@ -20,9 +20,9 @@ def documents(
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
 ) -> dict[str, bytes]:
-    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest`."""
-    written = {MODEL_CARD: model_card(plan, totals(finished.values()))}
+    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`."""
+    written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
     if plan.aligned.index_name is not None:
         written[plan.aligned.index_name] = as_json(corrected_index(plan.aligned))
-    facts = manifest(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings)
+    facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings)
     return written | {MANIFEST: as_json(facts)}

@@ -82,7 +82,7 @@ def _tensors_with(rows: Iterable[TensorFacts], law: Callable[[MatrixFacts], bool
     return tuple(facts.name for facts in rows if any(law(matrix) for matrix in facts.matrices))
 
 
-def manifest(
+def manifest_of(
     plan: Plan,
     finished: Mapping[str, TensorFacts],
     *,

@@ -35,7 +35,7 @@ CITATION = """```bibtex
 """
 
 
-def model_card(plan: Plan, totals: Totals) -> bytes:
+def card_for(plan: Plan, totals: Totals) -> bytes:
     """README.md for the output of `plan`: aligned's completed, or a new one where aligned has none."""
     path = plan.aligned.folder / MODEL_CARD
     models = list(dict.fromkeys((model_name(plan.aligned), model_name(plan.base))))

@@ -57,6 +57,9 @@ def parse_size(text: str) -> int:
     """Bytes in a size as people write it: `4GiB`, `4G`, `512M`, `1.5 GB`, `1000000`.
 
     `K M G T` with or without `B` are powers of 1000, `KiB MiB GiB TiB` (also `Ki ...`) powers of 1024.
+
+    >>> parse_size("4GiB"), parse_size("1.5 GB")
+    (4294967296, 1500000000)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or found[2] not in _UNITS:

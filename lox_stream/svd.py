@@ -83,6 +83,14 @@ def truncated_svd(
     side (default `costs.basis_columns`): about 64 products at rank 6. Then the best result is returned with
     `converged=False`.
 
+    >>> diagonal = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    >>> class Operator:
+    ...     shape = (4, 4)
+    ...     matmul = rmatmul = staticmethod(lambda x: diagonal @ x)
+    ...     squared_norm = staticmethod(lambda: float(diagonal.square().sum()))
+    >>> truncated_svd(Operator(), 2, generator=torch.Generator().manual_seed(0)).s.round(decimals=4).tolist()
+    [3.0, 2.0]
+
     Costs one product a pass, (m + n) * 4 bytes a basis column, and deterministic bits for a given generator state,
     operator and one torch thread.
 

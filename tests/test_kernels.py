@@ -99,7 +99,7 @@ def test_weights_that_are_views_are_read_where_they_lie(shape):
     assert torch.equal(delta_matmul(w1[::2], w0[::2], x), delta_matmul(w1[::2].clone(), w0[::2].clone(), x))
 
 
-@pytest.mark.parametrize(("m", "n"), SHAPES + [(128256, 8192), (8, 10**8)])
+@pytest.mark.parametrize(("m", "n"), [*SHAPES, (128256, 8192), (8, 10**8)])
 def test_tiles_are_about_half_a_million_elements(m, n):
     rows, columns = tiling(m, n)
     assert 1 <= rows <= m

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from lox_stream.checkpoint import Checkpoint, open_checkpoint
-from lox_stream.documents import documents
+from lox_stream.documents import written_documents
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.manifest import FORMAT, as_json, corrected_index, joined, manifest, read_manifest, totals
+from lox_stream.manifest import FORMAT, as_json, corrected_index, joined, manifest_of, read_manifest, totals
 from lox_stream.options import Options
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
@@ -80,7 +80,7 @@ def plan(aligned: Checkpoint, tmp_path: Path) -> Plan:
 def output(plan: Plan, finished: dict[str, TensorFacts]) -> Path:
     """A finished output that copies aligned."""
     shutil.copytree(plan.aligned.folder, plan.out)
-    for name, data in documents(plan, finished, elapsed_s=2.0).items():
+    for name, data in written_documents(plan, finished, elapsed_s=2.0).items():
         (plan.out / name).write_bytes(data)
     return plan.out
 
@@ -130,7 +130,7 @@ def test_totals_do_not_depend_on_the_order_in_which_tensors_finish(order: list[i
 
 
 def test_the_manifest_covers_every_byte(plan: Plan, finished: dict[str, TensorFacts]) -> None:
-    found = manifest(plan, finished, elapsed_s=2.0)
+    found = manifest_of(plan, finished, elapsed_s=2.0)
     for shard in plan.aligned.shards:
         row = found["shards"][shard.name]
         assert row["header_xxh3_128"] == xxhash.xxh3_128_hexdigest(shard.header)
@@ -143,7 +143,7 @@ def test_the_manifest_covers_every_byte(plan: Plan, finished: dict[str, TensorFa
 
 def test_the_manifest_says_what_was_run_on_what(plan: Plan, finished: dict[str, TensorFacts]) -> None:
     sessions = [{"session": 1, "host": "h", "time": "2026-01-01"}, {"session": 2, "host": "h", "time": "2026-01-02"}]
-    found = manifest(plan, finished, elapsed_s=2.0, sessions=sessions, warnings=["look"])
+    found = manifest_of(plan, finished, elapsed_s=2.0, sessions=sessions, warnings=["look"])
     assert found["format"] == FORMAT
     assert set(found["versions"]) == {"lox-stream", "torch", "numpy", "safetensors", "python"}
     assert found["options"]["skip"] == ["x.*"]
@@ -158,7 +158,7 @@ def test_no_nan_and_no_infinity_reaches_json(plan: Plan, finished: dict[str, Ten
     finished["a"] = TensorFacts(
         "a", "extrapolate", "matrix", 24, math.inf, "00" * 16, (matrix(delta_norm=math.nan, gap=-math.inf),)
     )
-    found = json.loads(as_json(manifest(plan, finished, elapsed_s=math.nan)))
+    found = json.loads(as_json(manifest_of(plan, finished, elapsed_s=math.nan)))
     assert found["tensors"]["a"]["matrices"][0]["delta_norm"] is None
     assert found["tensors"]["a"]["elapsed_s"] is None
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -173,7 +173,7 @@ def test_the_index_is_aligneds_own_with_its_bytes_counted(aligned: Checkpoint) -
 
 
 def test_a_manifest_is_read_back(output: Path, plan: Plan, finished: dict[str, TensorFacts]) -> None:
-    assert read_manifest(output)["tensors"] == manifest(plan, finished, elapsed_s=0.0)["tensors"]
+    assert read_manifest(output)["tensors"] == manifest_of(plan, finished, elapsed_s=0.0)["tensors"]
 
 
 @pytest.mark.parametrize(

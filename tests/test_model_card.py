@@ -10,7 +10,7 @@ import yaml
 
 from lox_stream.checkpoint import Checkpoint
 from lox_stream.manifest import totals
-from lox_stream.model_card import completed, model_card, model_name
+from lox_stream.model_card import card_for, completed, model_name
 from lox_stream.options import Options
 from lox_stream.planning import Plan
 
@@ -29,7 +29,7 @@ def checkpoint(folder: Path, card: str | bytes | None = None, config: dict[str, 
 def card_of(tmp_path: Path, card: str | bytes | None, options: Options = Options(), **config: object) -> str:  # noqa: B008
     aligned = checkpoint(tmp_path / "models--org--aligned" / "snapshots" / "1a2b", card, config)
     plan = Plan(checkpoint(tmp_path / "base"), aligned, tmp_path / "out", options, (), ())
-    return model_card(plan, totals([])).decode("utf-8", "surrogateescape")
+    return card_for(plan, totals([])).decode("utf-8", "surrogateescape")
 
 
 def front(card: str) -> dict[str, object]:
@@ -143,12 +143,12 @@ def test_empty_front_matter_is_filled() -> None:
 def test_a_low_retention_is_said_with_the_way_out(tmp_path: Path) -> None:
     plan = Plan(checkpoint(tmp_path / "base"), checkpoint(tmp_path / "aligned"), tmp_path / "out", Options(), (), ())
     none = totals([])
-    low = model_card(plan, replace(none, retention=0.553, energy=0.25)).decode()
+    low = card_for(plan, replace(none, retention=0.553, energy=0.25)).decode()
     assert "| retention of the update after rounding | 55.3 % |\n" in low
     assert "| energy of the difference in the update | 25.0 % |\n" in low
     assert "--rounding stochastic" in low
-    assert "--rounding stochastic" not in model_card(plan, replace(none, retention=0.95)).decode()
-    assert "retention" not in model_card(plan, none).decode()
+    assert "--rounding stochastic" not in card_for(plan, replace(none, retention=0.95)).decode()
+    assert "retention" not in card_for(plan, none).decode()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,6 @@ def test_a_model_is_called_as_on_the_hub_or_by_its_folder(tmp_path: Path, path: 
 
 def test_names_cannot_break_the_table(tmp_path: Path) -> None:
     plan = Plan(checkpoint(tmp_path / "a|b`c"), checkpoint(tmp_path / "x\ny"), tmp_path / "out", Options(), (), ())
-    card = model_card(plan, totals([])).decode()
+    card = card_for(plan, totals([])).decode()
     assert "| base | `a/b'c` |\n" in card
     assert "| aligned | `x\\ny` |\n" in card

@@ -61,11 +61,11 @@ def test_every_dependency_is_pinned_once_for_tests_and_ci():
     assert names <= pins(ROOT / "constraints.txt").keys()
 
 
-def test_the_real_model_is_tried_with_the_versions_that_ci_tests():
+def test_no_version_is_pinned_in_two_places():
     ours, real = pins(ROOT / "constraints.txt"), pins(ROOT / "examples" / "real_pair" / "constraints.txt")
-    shared = ours.keys() & real.keys()
-    assert "torch" in shared
-    assert {name: ours[name] for name in shared} == {name: real[name] for name in shared}
+    assert "torch" in ours
+    assert "transformers" in real
+    assert not ours.keys() & real.keys(), "examples/real_pair/real.mk installs with both files"
 
 
 def section(command: str) -> str:

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save
 
 from lox_stream import committer, files
 from lox_stream.checkpoint import open_checkpoint
-from lox_stream.documents import documents
+from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import replay
@@ -91,7 +91,7 @@ def copy_all(output: Output) -> list[str]:
     todo = [name for name in output.plan.aligned.tensors if name not in output.finished]
     for name in todo:
         copy_tensor(output, name)
-    output.publish(documents(output.plan, output.finished, elapsed_s=1.0, sessions=output.sessions))
+    output.publish(written_documents(output.plan, output.finished, elapsed_s=1.0, sessions=output.sessions))
     return todo
 
 

