@@ -3,8 +3,9 @@
 
 Which share of the output's elements equals the float64 oracle; which share equals the arithmetic of the paper's own
 script (bf16 difference, float32 full SVD); and how much of the update survives the rounding, by alpha and by mode.
+Counted over the elements of all matrices; vectors are copies.
 
-    .venv-real/bin/python benchmarks/accuracy_real.py --pair build/real/pair      (some minutes)
+    .venv-real/bin/python benchmarks/accuracy_real.py --pair build/real/pair      (2 minutes)
 
 Exits with 1 when the law of the tests (99.95 % identical to the oracle) does not hold.
 """

@@ -93,6 +93,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def others_share(wait_s: float = 0.5) -> float:
+    """Share of all cores that other work takes while we wait; 0.0 where /proc does not tell."""
+    before = _core_ticks()
+    time.sleep(wait_s)
+    busy, total = (after - start for after, start in zip(_core_ticks(), before, strict=True))
+    return busy / total if total else 0.0
+
+
+def _core_ticks() -> tuple[int, int]:
+    """(busy, all) ticks of all cores since boot; waiting for a disk is not busy, time that a host took away is."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
 def machine() -> dict[str, Any]:
     """The machine, the versions and the commit that the figures belong to."""
     model, flags = _cpu()

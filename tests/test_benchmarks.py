@@ -103,6 +103,17 @@ def test_works_take_turns():
     assert seen == ["a", "b", "a", "b"]
 
 
+def test_other_work_is_seen():
+    spinning = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
+    other = subprocess.Popen([sys.executable, "-c", spinning])
+    try:
+        harness = benchmark("harness")
+        assert harness.others_share(0.4) > 0.5 / harness.os.cpu_count()
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_a_watched_program_is_seen_at_its_peak():
     disk = benchmark("disk")
     code = "import time; data = b'x' * (64 << 20); time.sleep(0.3); del data; time.sleep(0.1); raise SystemExit(3)"
