@@ -83,8 +83,8 @@ def delta_matmul(
     """(W1 - W0) * scale @ X: weights (m, n) of any float dtypes, x (n, l) float32 -> (m, l) float32.
 
     With w0 None, w1 is a float32 difference that was kept (`difference`), scaled already.
-    `squares`, if given, receives the sum of squares of each row tile of the difference, in tile order. Moves the
-    weights once.
+    `squares`, if given, receives sums of squares of the difference that add up to the whole, in the order of the tasks.
+    Moves the weights once.
     """
     _check(w1, w0)
     m, n = w1.shape
@@ -110,14 +110,24 @@ def delta_matmul(
 
 def _sum_of_squares(tile: Tensor) -> float:
     """In float64 over float32 sums of 1024 elements each: float32 alone loses five digits over a long row."""
-    flat = tile.view(-1)
+    flat = tile.reshape(-1)
     whole = flat.numel() // 1024 * 1024
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1).double()
     return float(norms.square().sum() + flat[whole:].double().square().sum())
 
 
-def delta_rmatmul(w1: Tensor, w0: Tensor | None, y: Tensor, *, scale: float = 1.0, run: Run = in_order) -> Tensor:
+def delta_rmatmul(
+    w1: Tensor,
+    w0: Tensor | None,
+    y: Tensor,
+    *,
+    scale: float = 1.0,
+    squares: list[float] | None = None,
+    run: Run = in_order,
+) -> Tensor:
     """(W1 - W0).T * scale @ Y: weights (m, n) of any float dtypes, y (m, l) float32 -> (n, l) float32.
+
+    `squares` and a missing w0 as in `delta_matmul`.
 
     A task sums `Y.T @ tile` in place over eight or more row tiles; at most 32 such sums are kept and added in order.
     Moves the weights once. The result is a transposed view: its rows are not contiguous.
@@ -129,6 +139,7 @@ def delta_rmatmul(w1: Tensor, w0: Tensor | None, y: Tensor, *, scale: float = 1.
     span = rows * max(CHUNK_TILES, -(-tiles // MAX_CHUNKS))
     chunks, parts = -(-m // span), -(-n // columns)
     sums = torch.empty(chunks, y.shape[1], n)
+    norms = [0.0] * (chunks * parts)
 
     def task(i: int) -> None:
         chunk, part = divmod(i, parts)
@@ -138,8 +149,12 @@ def delta_rmatmul(w1: Tensor, w0: Tensor | None, y: Tensor, *, scale: float = 1.
             band = slice(top, min(top + rows, m))
             tile = difference(w1[band, across], None if w0 is None else w0[band, across], scale)
             torch.addmm(out, y[band].T, tile, beta=0 if top == chunk * span else 1, out=out)
+            if squares is not None:
+                norms[i] += _sum_of_squares(tile)
 
     run(task, chunks * parts)
+    if squares is not None:
+        squares.extend(norms)
     total = sums[0]
     for partial in sums[1:]:
         total += partial

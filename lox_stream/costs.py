@@ -16,17 +16,19 @@ def block_width(m: int, n: int, rank: int) -> int:
 
 
 def basis_columns(m: int, n: int, rank: int) -> int:
-    """Vectors that either basis may hold: 512, or eight blocks where blocks are wide; never more than a side has."""
+    """Vectors that the basis may hold: 512, or eight blocks where blocks are wide; never more than the short side has."""
     width = block_width(m, n, rank)
-    return min(max(BASIS_COLUMNS, 8 * width), min(m, n) + width)
+    return min(max(BASIS_COLUMNS, 8 * width), m, n)
 
 
 def solver_bytes(m: int, n: int, rank: int) -> int:
-    """Most bytes that the randomized solver holds: two bases, the blocks in work in both precisions, partial sums of
-    a backward product (32 at most), and the small projections."""
+    """Most bytes that the randomized solver holds: the basis and its images, some of them in float64, the blocks
+    in work, partial sums of a product with the transpose (32 at most), and small matrices."""
     width, columns = block_width(m, n, rank), basis_columns(m, n, rank)
     blocks = (m + n) * width * (4 * 3 + 8 * 2)
-    return (m + n) * columns * 4 + blocks + 33 * n * width * 4 + 6 * columns * columns * 8
+    return (
+        (m + n) * columns * 4 + max(m, n) * (64 + width) * 8 + blocks + 33 * n * width * 4 + 6 * columns * columns * 8
+    )
 
 
 def exact_bytes(m: int, n: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,28 +41,32 @@ class Delta:
         return self.w1.shape[0], self.w1.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
+        """delta * scale @ x: (n, l) -> (m, l)."""
+        return self._product(delta_matmul, x)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """(delta * scale).T @ y: (m, l) -> (n, l)."""
+        return self._product(delta_rmatmul, y)
+
+    def _product(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
         self.passes += 1
         if self._squares is not None:
-            return delta_matmul(*self._weights, x, scale=self.scale, run=self.run)
-        product = self._first(x)
+            return kernel(*self._weights, x, scale=self.scale, run=self.run)
+        product = self._first(kernel, x)
         if not SANE[0] < self.squared_norm() < SANE[1]:
             largest = largest_entry(self.w1, self.w0, self.run)
             if largest > 0:
                 self.passes += 2
                 self.scale = _power_of_two(largest)
-                product = self._first(x)
+                product = self._first(kernel, x)
         self._keep()
         return product
 
-    def _first(self, x: Tensor) -> Tensor:
+    def _first(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
         squares: list[float] = []
-        product = delta_matmul(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
+        product = kernel(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
         self._squares = math.fsum(squares) if all(map(math.isfinite, squares)) else math.inf
         return product
-
-    def rmatmul(self, y: Tensor) -> Tensor:
-        self.passes += 1
-        return delta_rmatmul(*self._weights, y, scale=self.scale, run=self.run)
 
     def _keep(self) -> None:
         """Hold a small difference in float32: forming it is half of a pass, and it is as small as the pair."""

@@ -1,14 +1,12 @@
-"""Truncated SVD by block Krylov iteration (Musco & Musco 2015), in the Golub-Kahan form.
+"""Truncated SVD by block Krylov iteration (Musco & Musco 2015).
 
-The solver sees an operator and nothing else: no checkpoint, no kernel, no dtype but float32. It keeps an orthonormal
-basis on either side, extends them in turn by one product each, and looks at the operator's small projection after
-every product:
+The solver sees an operator and nothing else: no checkpoint, no kernel, no dtype but float32. On A's short side (here the
+right one) it grows an orthonormal basis P (n, p) of the Krylov space of A'A, and keeps the images A P. Their small Gram
+matrix, in float64, gives the best rank-k part that the space holds ("project on all blocks"):
 
-    A P = Q T     after a product with A      (P: (n, p), Q: (m, q), both orthonormal; T: (q, p))
-    A'Q = P M'    after a product with A'     (M: (q, p))
+    (A P)'(A P) y = s^2 y        v = P y        u = A P y / s
 
-The singular triplets of T or M, carried back through Q and P, are the best that the space can give ("project on all
-blocks"). One of the two residuals of such a triplet is zero, and the other is bounded without another product.
+so A v = s u by construction, and the residual on the other side is bounded without another product.
 """
 
 from __future__ import annotations
@@ -24,9 +22,10 @@ from torch import Tensor
 from lox_stream.costs import basis_columns, block_width
 
 EPS = torch.finfo(torch.float32).eps
-DEFLATION = 8 * EPS  # directions below this share of |A|_2 are rounding, not matrix
+DEFLATION = 8 * EPS  # directions below this share of the largest are rounding, not matrix
 WELL_APART = 1e-3  # least pivot of a Gram matrix's Cholesky factor: its inverse then costs three digits of float64's 16
 ROUNDING = 4 * EPS  # what float32 products leave in a triplet, as a share of s_1
+GRAM_ROWS = 64
 NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
 
 
@@ -94,82 +93,58 @@ def truncated_svd(
     Costs one product a pass, (m + n) * 4 bytes a basis column, and deterministic bits for a given generator state,
     operator and one torch thread.
 
-    Source: Musco & Musco 2015, alg. 2; Golub, Luk & Overton 1981 for the bidiagonal form; Stathopoulos & Wu 2002 for
-    the orthonormalisation.
+    Source: Musco & Musco 2015, alg. 2; Stathopoulos & Wu 2002 for the orthonormalisation.
     """
-    m, n = op.shape
+    wide = op.shape[0] < op.shape[1]
+    forward, backward = (op.rmatmul, op.matmul) if wide else (op.matmul, op.rmatmul)
+    n, m = sorted(op.shape)
     width = block_width(m, n, rank)
     columns = max_columns or basis_columns(m, n, rank)
     enough = enough or relative(1e-5)
-    right, left = _Basis(n, columns), _Basis(m, columns)
-    start = torch.randn(width, n, generator=generator)
-    right.extend(start, 0.0)
+    basis, image = torch.empty(columns, n), torch.empty(columns, m)  # P' and (A P)'
+    gram = torch.zeros(columns, columns, dtype=torch.float64)
     watch = _Watch(rank)
-    forward = torch.zeros(columns, columns, dtype=torch.float64)  # T
-    backward = torch.zeros(columns, columns, dtype=torch.float64)  # M
-    passes = 0
-    exhausted = False
-    # A product with A for the newest right block, then one with A' for the newest left block, and so on.
-    while min(left.size + right.fresh, m) <= columns:
-        rows = left.extend(op.matmul(right.newest.T).T, watch.norm)
-        forward[: left.size, right.size - right.fresh : right.size] = rows.T
+    block = orthonormal(torch.randn(width, n, generator=generator), basis[:0], 0.0)
+    size = passes = 0
+    while block.shape[0] and size + block.shape[0] <= columns:
+        old, size = size, size + block.shape[0]
+        basis[old:size] = block
+        image[old:size] = forward(block.T).T
+        newest = image[old:size].double()
+        for top in range(0, size, GRAM_ROWS):  # in float64, some at a time
+            rows = slice(top, min(top + GRAM_ROWS, size))
+            gram[old:size, rows] = newest @ image[rows].double().T
+        gram[:old, old:size] = gram[old:size, :old].T
         passes += 1
-        exhausted = not left.fresh or right.size == n  # then A = A PP' = Q T P'
-        if exhausted or passes > 1:
-            watch.look(forward[: left.size, : right.size], op.squared_norm(), fresh_rows=left.fresh)
-        if exhausted or (passes > 3 and watch.settled(enough)):
+        watch.look(gram[:size, :size], size - old, op.squared_norm())
+        if size == n or (passes > 3 and watch.settled(enough)):
             break
-        if min(right.size + left.fresh, n) > columns:
-            break
-        rows = right.extend(op.rmatmul(left.newest.T).T, watch.norm)
-        backward[left.size - left.fresh : left.size, : right.size] = rows
+        turned = _sweep(image[old:size], image[:0], watch.norm)  # else the product would square the condition
+        block = orthonormal(backward(turned.T).T, basis[:size], watch.norm)
         passes += 1
-        exhausted = not right.fresh or left.size == m  # then A = QQ'A = Q M P'
-        watch.look(backward[: left.size, : right.size], op.squared_norm(), fresh_columns=right.fresh)
-        if exhausted or (passes > 3 and watch.settled(enough)):
-            break
-    watch.exhausted = exhausted
-    return watch.result(left, right, enough, passes)
+    if size == n or not block.shape[0]:
+        watch.exhaust()
+    long, short = image[:size], basis[:size]
+    return watch.result((short, long) if wide else (long, short), wide, enough, passes)
 
 
-class _Basis:
-    """Orthonormal vectors of one length, kept as rows and extended block by block."""
+def orthonormal(block: Tensor, old: Tensor, norm: float) -> Tensor:
+    """Orthonormal rows that, with the orthonormal rows `old` (q, length), span those of `block` (b, length) too.
 
-    def __init__(self, length: int, columns: int) -> None:
-        self.rows = torch.empty(columns, length)
-        self.size = 0
-        self.fresh = 0  # rows that the last extension added
-
-    @property
-    def newest(self) -> Tensor:
-        return self.rows[self.size - self.fresh : self.size]
-
-    def extend(self, block: Tensor, norm: float) -> Tensor:
-        """Orthogonalise the rows of `block` (b, length) against all rows here and append what is new.
-
-        Returns the coefficients (b, new size), float64, of the block in the extended basis. Directions under
-        DEFLATION of `norm`, or of the longest row, are dropped: fewer than b rows may be added. Each of the two
-        sweeps projects and then normalises, so that what cancellation left of the old rows is removed at unit length.
-        """
-        old = self.rows[: self.size]
-        first, block, r1 = _sweep(block, old, norm)
-        second, block, r2 = _sweep(block, old, 1.0)
-        self.fresh = block.shape[0]
-        self.rows[self.size : self.size + self.fresh] = block
-        self.size += self.fresh
-        return torch.cat([first + r1 @ second, r1 @ r2], dim=1)
-
-
-def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Project `block` (b, length) off `old` (q, length) and orthonormalise: (coefficients, new rows, R).
-
-    block = coefficients @ old + R @ rows, directions under DEFLATION of `norm` left out. The Cholesky factor of the
-    Gram matrix serves where the rows are well apart; else its eigenvectors do (SVQB), which show the rank and cannot
-    fail. In float64, so that R @ rows gives the block back to float32 whatever R's condition; and the eigenvectors
-    without scaling the rows, so that one that is all rounding has no weight.
+    Directions of `block` outside `old` under DEFLATION of `norm`, or of the longest row, are dropped: fewer than b rows
+    may come back. Each of the two sweeps projects and then normalises, so that what cancellation left of the old rows
+    is removed at unit length.
     """
-    coefficients = block @ old.T
-    block = block.addmm(coefficients, old, alpha=-1)
+    return _sweep(_sweep(block, old, norm), old, 1.0)
+
+
+def _sweep(block: Tensor, old: Tensor, norm: float) -> Tensor:
+    """Project `block` (b, length) off `old` (q, length) and orthonormalise what is left.
+
+    The Cholesky factor of the Gram matrix serves where the rows are well apart; else its eigenvectors do (SVQB), which
+    show the rank and cannot fail; without scaling the rows, so that one that is all rounding has no weight.
+    """
+    block = block.addmm(block @ old.T, old, alpha=-1)
     wide = block.double()
     gram = wide @ wide.T
     lengths = gram.diagonal().sqrt()
@@ -180,42 +155,56 @@ def _sweep(block: Tensor, old: Tensor, norm: float) -> tuple[Tensor, Tensor, Ten
         factor, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
         if not int(failed) and float(factor.diagonal().min()) > WELL_APART:
             inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / lengths), upper=False)
-            return coefficients.double(), (inverse @ wide).float(), lengths[:, None] * factor
+            return (inverse @ wide).float()
     values, vectors = torch.linalg.eigh(gram)
     roots = values.clamp(min=0).sqrt()
     solid = roots > floor
     solid[: max(block.shape[0] - room, 0)] = False  # eigenvalues ascend
-    roots, vectors = roots[solid], vectors[:, solid]
-    return coefficients.double(), ((vectors / roots).T @ wide).float(), vectors * roots
+    return ((vectors[:, solid] / roots[solid]).T @ wide).float()
 
 
 class _Watch:
-    """Follows the rank-k part from product to product and predicts how far it still is from the true one."""
+    """Follows the rank-k part from look to look and predicts how far it still is from the true one."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.norm = 0.0  # running estimate of |A|_2
-        self.steps: list[float] = []  # |B_p - B_(p-1)|_F
-        self.u = self.us = self.vh = torch.zeros(0, 0, dtype=torch.float64)
+        self.norm = 0.0  # running estimate of |A|_2, from below
+        self.steps: list[float] = []  # |B - earlier B|_F, a look apart
+        self.y = torch.zeros(0, 0, dtype=torch.float64)
         self.s = torch.zeros(0, dtype=torch.float64)
         self.radius = torch.zeros(0, dtype=torch.float64)
+        self.next = self.next_radius = 0.0  # of s_(k+1)
         self.squared_norm = 0.0
-        self.exhausted = False  # the space is invariant: the projection is the matrix itself
+        self.exhausted = False
 
-    def look(self, small: Tensor, squared_norm: float, fresh_rows: int = 0, fresh_columns: int = 0) -> None:
-        """Take the triplets of the newest projection; `fresh_*` of its rows or columns met no product yet."""
-        u, s, vh = _triplets(small, self.rank + 1)
+    def look(self, gram: Tensor, fresh: int, squared_norm: float) -> None:
+        """Take the leading eigenpairs of the images' Gram matrix; its last `fresh` columns are of the newest block."""
+        values, vectors = torch.linalg.eigh(gram)
+        s = values[-self.rank - 1 :].flip(0).clamp(min=0).sqrt()
+        s = s[s > DEFLATION * s[0]]
+        y = vectors[:, vectors.shape[1] - s.shape[0] :].flip(1)
         k = min(self.rank, s.shape[0])
-        self.steps.append(_distance(u[:, :k] * s[:k], vh[:k], self.us, self.vh))
-        self.u, self.s, self.vh, self.us = u[:, :k], s[:k], vh[:k], u[:, :k] * s[:k]
-        self.next = float(s[k]) if s.shape[0] > k else 0.0
+        # |B - B'|^2 = |B|^2 + |B'|^2 - 2 <B, B'>, with B = A P y y' P'; eight digits are enough
+        inner = (y[: self.y.shape[0], :k].T @ self.y) * (y[:, :k].T @ gram[:, : self.y.shape[0]] @ self.y)
+        step = s[:k].square().sum() + self.s.square().sum() - 2 * inner.sum()
+        self.steps.append(math.sqrt(max(float(step), 0.0)))
+        # The residual A'u - s v is (I - PP')A' applied to the newest images' share of u: earlier ones lie in the space
+        newest = (y[-fresh:] * (gram[-fresh:, -fresh:] @ y[-fresh:])).sum(0).clamp(min=0).sqrt() / s
+        missed = math.sqrt(max(squared_norm - float(gram.diagonal().sum()), 0.0))
         self.norm = float(s[0]) if s.shape[0] else 0.0
+        radius = newest * missed + self._rounding(s)
+        self.y, self.s, self.radius = y[:, :k], s[:k], radius[:k]
+        self.next, self.next_radius = (float(s[k]), float(radius[k])) if s.shape[0] > k else (0.0, 0.0)
         self.squared_norm = squared_norm
-        # The residual on the side not yet multiplied is (I - QQ')A applied to the fresh part of v (or its mirror).
-        fresh = u[u.shape[0] - fresh_rows :] if fresh_rows else vh[:, vh.shape[1] - fresh_columns :].T
-        missed = math.sqrt(max(squared_norm - float(small.square().sum()), 0.0))
-        radius = torch.linalg.vector_norm(fresh, dim=0) * missed + ROUNDING * self.norm
-        self.radius, self.next_radius = radius[:k], float(radius[k]) if radius.shape[0] > k else 0.0
+
+    def _rounding(self, s: Tensor) -> Tensor:
+        """What float32, and the directions that were dropped, leave in the residual of each value."""
+        return ROUNDING * self.norm + DEFLATION * self.norm**2 / s
+
+    def exhaust(self) -> None:
+        """The space is invariant: the last look saw the matrix itself, up to rounding."""
+        self.exhausted = True
+        self.radius, self.next_radius = self._rounding(self.s), 0.0
 
     @property
     def part(self) -> float:
@@ -226,8 +215,8 @@ class _Watch:
         """Estimate of |E|_F now: the last step, carried on as a series at the slowest rate seen lately.
 
         The steps to come add up to d * r / (1 - r) if they all point one way and to d * r / sqrt(1 - r^2) if each is
-        orthogonal to the others. Measured over eleven spectra (tests/test_svd.py), the truth lies between;
-        d * r / sqrt(1 - r) is within a factor of two of it, and errs upwards where convergence is fast.
+        orthogonal to the others. Measured over ten spectra (tests/test_svd.py), the truth lies between;
+        d * r / sqrt(1 - r) is within a factor of three of it, and errs upwards where convergence is fast.
         """
         if self.exhausted:
             return ROUNDING * self.part
@@ -245,29 +234,30 @@ class _Watch:
 
     @property
     def gap(self) -> float:
-        last = self._last
-        return (last - self.next) / last if last > 0 else 1.0
+        return (self._last - self.next) / self._last if self._last > 0 else 1.0
 
     @property
     def unique(self) -> bool:
         """False when the k-th and the next value are both settled and equal."""
-        last = self._last
-        if last <= DEFLATION * self.norm or self.gap > NO_GAP:
+        if self._last <= DEFLATION * self.norm or self.gap > NO_GAP:
             return True
-        return max(float(self.radius[-1]), self.next_radius) > 0.01 * last
+        return max(float(self.radius[-1]), self.next_radius) > 0.01 * self._last
 
     def settled(self, enough: Callable[[float, float], bool]) -> bool:
         return enough(self.error, self.part) or not self.unique
 
-    def result(self, left: _Basis, right: _Basis, enough: Callable[[float, float], bool], passes: int) -> TruncatedSVD:
-        u = left.rows[: self.u.shape[0]].T @ self.u.float()
-        vh = self.vh.float() @ right.rows[: self.vh.shape[1]]
-        top = max(self.norm, torch.finfo(torch.float32).tiny)
+    def result(
+        self, sides: tuple[Tensor, Tensor], wide: bool, enough: Callable[[float, float], bool], passes: int
+    ) -> TruncatedSVD:
+        """`sides` are left and right rows, (A P)' and P' or, if `wide`, P' and (A P)'."""
+        count = self.y.shape[0]
+        of_basis, of_image = self.y.T.float(), (self.y / self.s).T.float()
+        left, right = (of_basis, of_image) if wide else (of_image, of_basis)
         return TruncatedSVD(
-            u=u,
+            u=(left @ sides[0][:count]).T,
             s=self.s.float(),
-            vh=vh,
-            residual=max(self.radius.tolist(), default=0.0) / top,
+            vh=right @ sides[1][:count],
+            residual=max(self.radius.tolist(), default=0.0) / max(self.norm, torch.finfo(torch.float32).tiny),
             radius=tuple(self.radius.tolist()),
             squared_norm=self.squared_norm,
             gap=self.gap,
@@ -276,26 +266,3 @@ class _Watch:
             converged=self.settled(enough),
             unique=self.unique,
         )
-
-
-def _triplets(small: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `count` singular triplets of a small float64 matrix that are above its rounding.
-
-    Through the Gram matrix of the short side, in half the time of an SVD. Squaring costs nothing here: values under
-    1e-8 of the largest are float32 rounding to us.
-    """
-    if small.shape[0] > small.shape[1]:
-        v, s, uh = _triplets(small.T, count)
-        return uh.T, s, v.T
-    values, vectors = torch.linalg.eigh(small @ small.T)
-    s = values[-count:].flip(0).clamp(min=0).sqrt()
-    s = s[s > DEFLATION * s[0]] if s.shape[0] else s
-    u = vectors[:, vectors.shape[1] - s.shape[0] :].flip(1)
-    return u, s, (u.T @ small) / s[:, None]
-
-
-def _distance(us: Tensor, vh: Tensor, before_us: Tensor, before_vh: Tensor) -> float:
-    """|us @ vh - before_us @ before_vh|_F, the earlier factors being those of a leading corner."""
-    difference = us @ vh
-    difference[: before_us.shape[0], : before_vh.shape[1]].addmm_(before_us, before_vh, alpha=-1)
-    return float(torch.linalg.vector_norm(difference))

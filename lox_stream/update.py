@@ -17,6 +17,7 @@ from lox_stream.options import Options
 from lox_stream.svd import TruncatedSVD, relative, truncated_svd
 
 SAMPLE = 1 << 14
+LOWEST_EXPONENT = 1100  # below those of all float64 numbers
 MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean |x| / rms x
 RELATIVE_CAP = 5e-4  # relative error of the rank-k part that 16-bit outputs may have, however coarse their grid: an
 # element where W1 is near zero has a fine grid of its own, and six deviations of this are within one step of it
@@ -37,10 +38,9 @@ class Sample:
         self.weight_norm = float(some.square().mean().sqrt()) * math.sqrt(w1.numel())
         finfo = torch.finfo(w1.dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
-        exponents, counts = torch.frexp(some)[1].unique(return_counts=True)
-        self._exponents: list[tuple[int, float]] = list(
-            zip(exponents.tolist(), (counts / some.numel()).tolist(), strict=True)
-        )
+        exponents = torch.frexp(some)[1].clamp_(-LOWEST_EXPONENT) + LOWEST_EXPONENT
+        counts = torch.bincount(exponents).tolist()
+        self._exponents = [(e - LOWEST_EXPONENT, count / some.numel()) for e, count in enumerate(counts) if count]
 
     def share(self, error_rms: float, update_rms: float) -> float:
         """Predicted share of output elements that `error_rms` moves to another value.

@@ -48,11 +48,13 @@ def test_products_agree_with_float64(shape, dtype):
     x, y = torch.randn(shape[1], 5), torch.randn(shape[0], 5)
     squares: list[float] = []
     ax = delta_matmul(w1, w0, x, squares=squares)
-    aty = delta_rmatmul(w1, w0, y)
+    other: list[float] = []
+    aty = delta_rmatmul(w1, w0, y, squares=other)
     assert ax.dtype == aty.dtype == torch.float32
     assert ((ax.double() - delta @ x.double()).abs() <= bound(delta, x.double())).all()
     assert ((aty.double() - delta.T @ y.double()).abs() <= bound(delta.T, y.double())).all()
-    assert math.fsum(squares) == pytest.approx(float(delta.square().sum()), rel=20 * EPS)
+    for sums in (squares, other):
+        assert math.fsum(sums) == pytest.approx(float(delta.square().sum()), rel=20 * EPS)
 
 
 def test_mixed_dtypes_are_widened_before_the_difference():
