@@ -16,7 +16,7 @@ def block_width(m: int, n: int, rank: int) -> int:
 
 
 def basis_columns(m: int, n: int, rank: int) -> int:
-    """Vectors that the basis may hold: 512, or eight blocks where blocks are wide; never more than the short side has."""
+    """Vectors that the basis may hold: 512, or eight blocks where blocks are wide; never more than the short side."""
     width = block_width(m, n, rank)
     return min(max(BASIS_COLUMNS, 8 * width), m, n)
 

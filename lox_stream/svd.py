@@ -1,8 +1,8 @@
 """Truncated SVD by block Krylov iteration (Musco & Musco 2015).
 
-The solver sees an operator and nothing else: no checkpoint, no kernel, no dtype but float32. On A's short side (here the
-right one) it grows an orthonormal basis P (n, p) of the Krylov space of A'A, and keeps the images A P. Their small Gram
-matrix, in float64, gives the best rank-k part that the space holds ("project on all blocks"):
+The solver sees an operator and nothing else: no checkpoint, no kernel, no dtype but float32. On A's short side (here
+the right one) it grows an orthonormal basis P (n, p) of the Krylov space of A'A, and keeps the images A P. Their small
+Gram matrix, in float64, gives the best rank-k part that the space holds ("project on all blocks"):
 
     (A P)'(A P) y = s^2 y        v = P y        u = A P y / s
 
@@ -155,12 +155,14 @@ def _sweep(block: Tensor, old: Tensor, norm: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
         if not int(failed) and float(factor.diagonal().min()) > WELL_APART:
             inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / lengths), upper=False)
-            return (inverse @ wide).float()
+            block = inverse @ wide
+            return block.float()
     values, vectors = torch.linalg.eigh(gram)
     roots = values.clamp(min=0).sqrt()
     solid = roots > floor
     solid[: max(block.shape[0] - room, 0)] = False  # eigenvalues ascend
-    return ((vectors[:, solid] / roots[solid]).T @ wide).float()
+    block = (vectors[:, solid] / roots[solid]).T @ wide
+    return block.float()
 
 
 class _Watch:

@@ -40,7 +40,9 @@ class Sample:
         self._eps, self._tiny = finfo.eps, finfo.tiny
         exponents = torch.frexp(some)[1].clamp_(-LOWEST_EXPONENT) + LOWEST_EXPONENT
         counts = torch.bincount(exponents).tolist()
-        self._exponents = [(e - LOWEST_EXPONENT, count / some.numel()) for e, count in enumerate(counts) if count]
+        self._exponents: list[tuple[int, float]] = [
+            (e - LOWEST_EXPONENT, count / some.numel()) for e, count in enumerate(counts) if count
+        ]
 
     def share(self, error_rms: float, update_rms: float) -> float:
         """Predicted share of output elements that `error_rms` moves to another value.
@@ -51,7 +53,7 @@ class Sample:
         """
         lowest = math.frexp(max(update_rms, self._tiny))[1]
         error = MEAN_OF_NORMAL * error_rms / self._eps
-        flips = sum(part * min(1.0, error * 2.0 ** (1 - max(e, lowest))) for e, part in self._exponents)
+        flips: float = sum(part * min(1.0, error * 2.0 ** (1 - max(e, lowest))) for e, part in self._exponents)
         return flips + 0.5 * FLOAT32_EPS / self._eps
 
 
