@@ -89,7 +89,7 @@ def delta_matmul(
     _check(w1, w0)
     m, n = w1.shape
     rows, columns = tiling(m, n)
-    out = torch.empty(m, x.shape[1])
+    out = torch.empty(m, x.shape[1], dtype=torch.float32)
     count = -(-m // rows)
     sums = [0.0] * count
 
@@ -138,7 +138,7 @@ def delta_rmatmul(
     tiles = -(-m // rows)
     span = rows * max(CHUNK_TILES, -(-tiles // MAX_CHUNKS))
     chunks, parts = -(-m // span), -(-n // columns)
-    sums = torch.empty(chunks, y.shape[1], n)
+    sums = torch.empty(chunks, y.shape[1], n, dtype=torch.float32)
     norms = [0.0] * (chunks * parts)
 
     def task(i: int) -> None:
@@ -163,10 +163,16 @@ def delta_rmatmul(
 
 @dataclass(frozen=True, slots=True)
 class Retained:
-    """What rounding left of an update: `<rounded - W1, update>` and `|update|^2`; not finite if an output is not."""
+    """What rounding left: `<rounded - W1, update>` and `|update|^2`, and whether all outputs are finite."""
 
     dot: float
     square: float
+    finite: bool = True
+
+    @property
+    def retention(self) -> float | None:
+        """dot / square; None without an update, and where the squares leave float64."""
+        return self.dot / self.square if 0 < self.square < math.inf and math.isfinite(self.dot) else None
 
 
 def lowrank_update(
@@ -211,7 +217,7 @@ def _round(
     if not 1e-30 < square < 1e30 or not math.isfinite(dot):  # of a size whose squares float32 cannot hold
         kept, flat = kept.double(), flat.double()
         dot, square = float(torch.dot(kept, flat)), float(torch.dot(flat, flat))
-    return Retained(dot, square)
+    return Retained(dot, square, math.isfinite(dot) or bool(out.isfinite().all()))
 
 
 def _nearest(total: Tensor, out: Tensor) -> None:

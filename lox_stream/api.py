@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lox_stream.device import check_device
 from lox_stream.documents import written_documents
+from lox_stream.errors import OptionError
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step
@@ -85,7 +86,11 @@ def execute(
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Summary:
-    """Carry out a plan that has a folder; arguments as for `extrapolate`."""
+    """Carry out a plan that was made with `out`; arguments as for `extrapolate`."""
+    if plan.out is None:
+        raise OptionError("the plan has no output folder, expected plan(base, aligned, out)")
+    if resume and overwrite:
+        raise OptionError("resume and overwrite are both set, expected one: go on with the run, or start it anew")
     check_platform()
     check_device(plan.options)
     started = time.monotonic()
@@ -151,9 +156,9 @@ class _Reporter:
             )
 
 
-def run_warnings(finished: object, options: Options) -> tuple[str, ...]:
+def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str, ...]:
     """What a person should know of the finished tensors, each a complete message."""
-    rows: list[TensorFacts] = sorted(finished, key=lambda facts: facts.name)  # type: ignore[call-overload]
+    rows = sorted(finished, key=lambda facts: facts.name)
     total = totals(rows)
     warnings = [notice for facts in rows for notice in facts.notices]
     if len(warnings) > 6:
@@ -202,7 +207,7 @@ def stream(
     *,
     options: Options = DEFAULTS,
     cancel: threading.Event | None = None,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor], None, None]:
     """Yield (name, tensor) of the extrapolated checkpoint in the order of its files, with nothing written.
 
     The tensors hold the very bytes that `extrapolate` writes. Problems are raised here, before the first tensor;
@@ -218,7 +223,7 @@ def stream(
     return _stream(made, cancel or threading.Event())
 
 
-def _stream(plan: Plan, cancel: threading.Event) -> Iterator[tuple[str, Tensor]]:
+def _stream(plan: Plan, cancel: threading.Event) -> Generator[tuple[str, Tensor], None, None]:
     events = compute(
         plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=lambda step: step.aligned.n_bytes
     )

@@ -13,6 +13,7 @@ from lox_stream.kernels import delta_matmul, delta_rmatmul, tiling
 from lox_stream.kernels.cpu import Run, difference, scratch
 
 KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once
+FLOAT32_SCALE = 120  # exponent of the largest scale that float32 weights are multiplied by
 SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
 
 
@@ -32,9 +33,15 @@ class Delta:
         self.w1, self.w0 = w1, w0
         self.run = run
         self.passes = 0
-        self.scale = _power_of_two(rms)
+        self.scale = self._scale_for(rms)
         self._squares: float | None = None
         self._weights: tuple[Tensor, Tensor | None] = (w1, w0)
+
+    def _scale_for(self, size: float) -> float:
+        """Within float32, unless the difference is formed in float64."""
+        scale = power_of_two(size)
+        wide = torch.float64 in (self.w1.dtype, self.w0.dtype)
+        return scale if wide else max(2.0**-FLOAT32_SCALE, min(2.0**FLOAT32_SCALE, scale))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +64,7 @@ class Delta:
             largest = largest_entry(self.w1, self.w0, self.run)
             if largest > 0:
                 self.passes += 2
-                self.scale = _power_of_two(largest)
+                self.scale = self._scale_for(largest)
                 product = self._first(kernel, x)
         self._keep()
         return product
@@ -95,7 +102,7 @@ def largest_entry(w1: Tensor, w0: Tensor, run: Run) -> float:
         band = slice(i * rows, (i + 1) * rows)
         for j in range(0, w1.shape[1], columns):
             part = slice(j, j + columns)
-            tile = w1[band, part].double().sub_(w0[band, part].double()).abs_()
+            tile = (w1[band, part].double() - w0[band, part].double()).abs_()
             most = float(tile.max())
             largest[i] = max(largest[i], most if math.isfinite(most) else math.inf)
 
@@ -117,7 +124,7 @@ def first_not_finite(w1: Tensor, w0: Tensor | None, first_row: int = 0) -> str:
     return "the difference of base and aligned is beyond float64"
 
 
-def _power_of_two(size: float) -> float:
+def power_of_two(size: float) -> float:
     """1.0 for entries of an ordinary size, else the power of two that brings `size` to about 1."""
     if not math.isfinite(size) or size == 0.0 or 2.0**-24 < size < 2.0**24:
         return 1.0

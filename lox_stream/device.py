@@ -8,10 +8,15 @@ from lox_stream.options import Options
 
 def check_device(options: Options) -> None:
     """Raise DeviceError for a device that cannot be used. "auto" and "cpu" compute on the CPU in this release."""
-    if not options.device.startswith("cuda"):
-        return
     import torch
 
+    if torch.get_float32_matmul_precision() != "highest":
+        raise DeviceError(
+            f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}, expected 'highest': "
+            "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
+        )
+    if not options.device.startswith("cuda"):
+        return
     if torch.cuda.is_available():
         found = (
             f"torch {torch.__version__} sees {torch.cuda.get_device_name()}, but this release computes on the CPU only"

@@ -23,6 +23,9 @@ class CheckpointError(LoxError):
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
 
 class OutputError(LoxError):
     """The output folder cannot be used or written: not empty, locked, full, not permitted."""

@@ -74,7 +74,6 @@ def compute(
     the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
     buffers stay within `options.memory_bytes`, except that one step is always admitted.
     """
-    stop = stop or threading.Event()
     threads = thread_count(options)
     events: queue.SimpleQueue[_Done | _Failed | _Fetched] = queue.SimpleQueue()
     admission = _Admission(steps, options, threads, held_bytes)
@@ -90,7 +89,7 @@ def compute(
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
-                    if stop.is_set():
+                    if stop is not None and stop.is_set():
                         raise Cancelled("stopped on request") from None
                     yield Tick(tuple(steps[index].name for index in admission.working - parked.keys()))
                     continue
@@ -108,7 +107,7 @@ def compute(
                         following += 1
                         index = following if in_order else -1
         except BaseException:
-            stop.set()
+            workers.stop.set()
             raise
         finally:
             reading.close()

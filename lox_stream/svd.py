@@ -58,7 +58,7 @@ class TruncatedSVD:
     gap: float  # estimate of (s_k - s_(k+1)) / s_k
     error: float  # estimate of |rank-k part - u s vh|_F
     passes: int  # products with A or A'
-    converged: bool  # `enough` was satisfied, or no more can be gained
+    converged: bool  # `enough` was satisfied, or there is no gap to resolve
     unique: bool  # False: s_k = s_(k+1) as far as float32 tells, and the rank-k part is one of many
 
 
@@ -95,16 +95,21 @@ def truncated_svd(
 
     Source: Musco & Musco 2015, alg. 2; Stathopoulos & Wu 2002 for the orthonormalisation.
     """
+    if not 1 <= rank <= min(op.shape):
+        raise ValueError(f"rank is {rank}, expected 1 to {min(op.shape)} for a matrix of {op.shape}")
     wide = op.shape[0] < op.shape[1]
     forward, backward = (op.rmatmul, op.matmul) if wide else (op.matmul, op.rmatmul)
     n, m = sorted(op.shape)
     width = block_width(m, n, rank)
     columns = max_columns or basis_columns(m, n, rank)
+    if columns < width:
+        raise ValueError(f"max_columns is {columns}, expected {width} or more: a block at rank {rank}")
     enough = enough or relative(1e-5)
-    basis, image = torch.empty(columns, n), torch.empty(columns, m)  # P' and (A P)'
+    basis = torch.empty(columns, n, dtype=torch.float32)  # P'
+    image = torch.empty(columns, m, dtype=torch.float32)  # (A P)'
     gram = torch.zeros(columns, columns, dtype=torch.float64)
     watch = _Watch(rank)
-    block = orthonormal(torch.randn(width, n, generator=generator), basis[:0], 0.0)
+    block = orthonormal(torch.randn(width, n, generator=generator, dtype=torch.float32), basis[:0], 0.0)
     size = passes = 0
     while block.shape[0] and size + block.shape[0] <= columns:
         old, size = size, size + block.shape[0]
@@ -220,14 +225,22 @@ class _Watch:
         orthogonal to the others. Measured over ten spectra (tests/test_svd.py), the truth lies between;
         d * r / sqrt(1 - r) is within a factor of three of it, and errs upwards where convergence is fast.
         """
-        if self.exhausted:
-            return ROUNDING * self.part
+        return math.hypot(self._to_come, self._floor)
+
+    @property
+    def _to_come(self) -> float:
+        """What further products would change."""
         d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
-        if d0 == 0.0:
-            return ROUNDING * self.part
+        if self.exhausted or d0 == 0.0:
+            return 0.0
         rate = max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else 1.0
         rate = min(rate, 0.999)
-        return math.hypot(d0 * rate / math.sqrt(1 - rate), ROUNDING * self.part)
+        return d0 * rate / math.sqrt(1 - rate)
+
+    @property
+    def _floor(self) -> float:
+        """What they would not: float32 rounding, which turns the k-th direction the more the smaller the gap is."""
+        return ROUNDING * self.part + 0.25 * EPS * self.norm / max(self.gap, NO_GAP)
 
     @property
     def _last(self) -> float:
@@ -245,8 +258,12 @@ class _Watch:
             return True
         return max(float(self.radius[-1]), self.next_radius) > 0.01 * self._last
 
-    def settled(self, enough: Callable[[float, float], bool]) -> bool:
+    def converged(self, enough: Callable[[float, float], bool]) -> bool:
         return enough(self.error, self.part) or not self.unique
+
+    def settled(self, enough: Callable[[float, float], bool]) -> bool:
+        """Converged, or as near to it as float32 comes."""
+        return self.converged(enough) or self._to_come < 0.5 * self._floor
 
     def result(
         self, sides: tuple[Tensor, Tensor], wide: bool, enough: Callable[[float, float], bool], passes: int
@@ -265,6 +282,6 @@ class _Watch:
             gap=self.gap,
             error=self.error,
             passes=passes,
-            converged=self.settled(enough),
+            converged=self.converged(enough),
             unique=self.unique,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lox_stream.delta import Delta, NotFinite, first_not_finite
+from lox_stream.delta import Delta, NotFinite, first_not_finite, largest_entry, power_of_two
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
@@ -38,7 +38,7 @@ class Sample:
         self.weight_norm = float(some.square().mean().sqrt()) * math.sqrt(w1.numel())
         finfo = torch.finfo(w1.dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
-        exponents = torch.frexp(some)[1].clamp_(-LOWEST_EXPONENT) + LOWEST_EXPONENT
+        exponents = torch.where(some == 0, 0, torch.frexp(some)[1] + LOWEST_EXPONENT).clamp_(0)
         counts = torch.bincount(exponents).tolist()
         self._exponents: list[tuple[int, float]] = [
             (e - LOWEST_EXPONENT, count / some.numel()) for e, count in enumerate(counts) if count
@@ -75,7 +75,7 @@ def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run
     emitted where the solver finds it, and after it where only the result overflows the dtype.
     """
     sample = Sample(w1, w0)
-    if sample.delta_rms == 0.0 and _identical(w1, w0, run):
+    if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
         return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
     if setting.rank == 0 or setting.rank >= min(w1.shape):
         return _full_rank(w1, w0, sample, setting, emit, run)
@@ -96,7 +96,8 @@ def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run
 def _solve(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, run: Run) -> tuple[TruncatedSVD, float, str]:
     """The rank-k part of delta * scale."""
     if setting.options.svd == "exact":
-        return exact_svd(w1, w0, setting.rank), 1.0, "exact"
+        scale = power_of_two(largest_entry(w1, w0, run))
+        return exact_svd(w1, w0, setting.rank, scale), scale, "exact"
     op = Delta(w1, w0, run, rms=sample.delta_rms)
     alpha, size = abs(setting.options.alpha), math.sqrt(w1.numel())
 
@@ -112,11 +113,9 @@ def _solve(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, run: Run) -
     return found, op.scale, "krylov"
 
 
-def exact_svd(w1: Tensor, w0: Tensor, rank: int) -> TruncatedSVD:
-    """The rank-k part of W1 - W0 by LAPACK's full SVD in float64. `costs.exact_bytes` of memory."""
-    delta = w1.double() - w0.double()
-    if not bool(delta.isfinite().all()):
-        raise NotFinite(first_not_finite(w1, w0))
+def exact_svd(w1: Tensor, w0: Tensor, rank: int, scale: float = 1.0) -> TruncatedSVD:
+    """The rank-k part of (W1 - W0) * scale by LAPACK's full SVD in float64. `costs.exact_bytes` of memory."""
+    delta = (w1.double() * scale).sub_(w0.double() * scale)
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     after = float(s[rank]) if len(s) > rank else 0.0
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
@@ -149,14 +148,14 @@ def _full_rank(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, emit: E
         return fullrank_update(w1[band, part], w0[band, part], alpha, out, key=setting.key, first=first)
 
     kept = _emit_tiles(w1, block, setting, emit, run)
-    if not math.isfinite(kept.dot):
+    if not kept.finite:
         raise NotFinite(first_not_finite(w1, w0))
     norm = math.sqrt(kept.square)
     return MatrixFacts(
         delta_norm=norm / abs(alpha),
         weight_norm=sample.weight_norm,
         update_norm=norm,
-        retention=kept.dot / kept.square if kept.square else None,
+        retention=kept.retention,
         method="full rank",
         energy=1.0,
     )
@@ -186,7 +185,7 @@ def _emit_tiles(
         emit(first, out)
 
     run(task, len(kept))
-    return Retained(sum(k.dot for k in kept), sum(k.square for k in kept))
+    return Retained(sum(k.dot for k in kept), sum(k.square for k in kept), all(k.finite for k in kept))
 
 
 def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
@@ -196,7 +195,7 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
 
     def task(i: int) -> None:
         band = slice(i * rows, (i + 1) * rows)
-        same[i] = bool((w1[band] == w0[band]).all())
+        same[i] = bool(((w1[band] == w0[band]) | (w1[band].isnan() & w0[band].isnan())).all())
 
     run(task, count)
     return all(same)
@@ -205,11 +204,12 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
 def _facts(
     found: TruncatedSVD, scale: float, method: str, sample: Sample, setting: Setting, kept: Retained, w1: Tensor
 ) -> MatrixFacts:
-    if not math.isfinite(kept.dot):
+    if not kept.finite:
         raise NotFinite(f"the extrapolated weight is beyond the range of {str(w1.dtype).removeprefix('torch.')}")
     alpha = setting.options.alpha
     values = [float(s) / scale for s in found.s]
-    part = math.sqrt(sum(s * s for s in values))
+    squares = float(found.s.double().square().sum())
+    part = math.sqrt(squares) / scale
     rounds = w1.dtype in (torch.bfloat16, torch.float16)
     size = math.sqrt(w1.numel())
     error = found.error / scale
@@ -217,11 +217,11 @@ def _facts(
         delta_norm=math.sqrt(found.squared_norm) / scale,
         weight_norm=sample.weight_norm,
         update_norm=abs(alpha) * part,
-        retention=kept.dot / kept.square if kept.square else None,
+        retention=kept.retention,
         method=method,
         singular_values=tuple(values),
         radius=tuple(r / scale for r in found.radius),
-        energy=min(1.0, part * part * scale * scale / found.squared_norm),
+        energy=min(1.0, squares / found.squared_norm),
         residual=found.residual,
         passes=found.passes,
         gap=found.gap,

@@ -15,6 +15,8 @@ import torch
 
 from lox_stream.errors import Cancelled
 
+_starting = threading.Lock()  # one default is changed and put back at a time
+
 
 class _Group:
     """One loop: the next index to hand out, and how many tasks are still running."""
@@ -32,11 +34,13 @@ class Workers:
 
     The caller's own torch settings, and those of threads it starts later, stay as they are: torch keeps the thread
     count per thread plus one default for threads to come, and that default is put back from a thread of ours.
-    `stop` may be set by anyone, at any time: every loop then ends at its next task with `Cancelled`.
+    When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`; the caller's
+    is only read.
     """
 
-    def __init__(self, count: int, stop: threading.Event | None = None) -> None:
-        self.stop = stop or threading.Event()
+    def __init__(self, count: int, asked: threading.Event | None = None) -> None:
+        self.stop = threading.Event()
+        self._asked = asked or self.stop
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._groups: list[_Group] = []
@@ -45,13 +49,13 @@ class Workers:
 
     def __enter__(self) -> Workers:
         default: list[int] = []
-        _in_thread(lambda: default.append(torch.get_num_threads()))
-        ready = threading.Barrier(len(self._threads) + 1)
-        self._ready = ready
-        for thread in self._threads:
-            thread.start()
-        ready.wait()
-        _in_thread(lambda: torch.set_num_threads(default[0]))
+        self._ready = threading.Barrier(len(self._threads) + 1)
+        with _starting:
+            _in_thread(lambda: default.append(torch.get_num_threads()))
+            for thread in self._threads:
+                thread.start()
+            self._ready.wait()
+            _in_thread(lambda: torch.set_num_threads(default[0]))
         return self
 
     def __exit__(
@@ -93,7 +97,7 @@ class Workers:
     def _advance(self, group: _Group) -> bool:
         """Do the group's next task; False if there is none left or one of them failed."""
         with self._changed:
-            if self.stop.is_set() and group.error is None:
+            if (self.stop.is_set() or self._asked.is_set()) and group.error is None:
                 group.error = Cancelled("stopped on request")
             if group.next >= group.count or group.error is not None:
                 return False

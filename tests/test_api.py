@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lox_stream
-from lox_stream import Cancelled, DataError, DeviceError, LoxError, MemoryBudgetError, Options, pipeline
+from lox_stream import Cancelled, DataError, DeviceError, LoxError, MemoryBudgetError, OptionError, Options, pipeline
 from lox_stream.synthetic import llama_shapes, write_pair
 
 MIB = 1 << 20
@@ -380,3 +381,40 @@ def test_names_of_the_library_are_found(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lox_stream.nothing  # noqa: B018
+
+
+def test_the_callers_event_is_read_and_never_set(pair):
+    cancel = threading.Event()
+    stream = lox_stream.stream(*pair, cancel=cancel)
+    next(stream)
+    stream.close()
+    assert not cancel.is_set()
+    assert len(list(lox_stream.stream(*pair, cancel=cancel))) == len(lox_stream.plan(*pair).steps)
+
+
+def test_a_plan_without_a_folder_cannot_be_executed(pair, tmp_path):
+    with pytest.raises(OptionError, match="no output folder"):
+        lox_stream.execute(lox_stream.plan(*pair))
+    with pytest.raises(OptionError, match="resume and overwrite"):
+        lox_stream.execute(lox_stream.plan(*pair, tmp_path / "out"), resume=True, overwrite=True)
+
+
+def test_a_torch_that_rounds_products_further_is_refused(pair):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(DeviceError, match="set_float32_matmul_precision"):
+            lox_stream.stream(*pair)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_errors_travel_between_processes(tmp_path):
+    with pytest.raises(lox_stream.CheckpointError) as caught:
+        lox_stream.plan(tmp_path / "no", tmp_path / "where")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert again.problems == caught.value.problems
+
+
+def test_the_public_names_are_listed():
+    assert set(lox_stream.__all__) <= set(dir(lox_stream))

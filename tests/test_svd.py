@@ -252,3 +252,27 @@ def test_the_basis_has_room_for_two_blocks(m, n, rank):
     width = block_width(m, n, rank)
     assert min(rank, m, n) <= width <= min(m, n)
     assert min(2 * width, m, n) <= basis_columns(m, n, rank) <= min(m, n)
+
+
+@pytest.mark.parametrize("gap", [3e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("size", [64, 200])
+def test_a_small_gap_shows_in_the_error_that_is_left(gap, size):
+    """Rounding turns the k-th direction the more the nearer the next value is; more products would not help."""
+    spectrum = torch.linspace(2, 0.1, size).double()
+    spectrum[:RANK] = torch.linspace(3, 2.5, RANK).double()
+    spectrum[RANK] = spectrum[RANK - 1] * (1 - gap)
+    a = matrix(size, size, spectrum.float(), generator(8)).double()
+    found = truncated_svd(Dense(a), RANK, generator=generator())
+    part, _ = rank_part(a)
+    assert found.error >= float(torch.linalg.norm(product(found) - part)) / 3
+
+
+@pytest.mark.parametrize("rank", [0, -1, 31])
+def test_a_rank_that_means_nothing_is_refused(rank):
+    with pytest.raises(ValueError, match="rank is"):
+        truncated_svd(Dense(torch.ones(30, 40)), rank, generator=generator())
+
+
+def test_a_basis_without_room_for_a_block_is_refused():
+    with pytest.raises(ValueError, match="max_columns is 5"):
+        truncated_svd(Dense(torch.ones(30, 40)), RANK, generator=generator(), max_columns=5)

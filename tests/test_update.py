@@ -208,3 +208,56 @@ def test_rank_one_and_low_rank_deltas():
     update = 1.25 * (w1.double() - w0.double())
     assert (out - w1.double() - update).norm() <= 1e-4 * update.norm()
     assert facts.unique
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_share_holds_for_pruned_weights(kept, dtype):
+    """A zero weight's grid is that of the update, however coarse the others' is."""
+    mask = torch.rand(400, 400, generator=generator(3)) < kept
+    w0 = 0.02 * torch.randn(400, 400, generator=generator(4)) * mask
+    low = torch.randn(400, 4, generator=generator(5)) @ torch.randn(4, 400, generator=generator(6))
+    w1 = (w0 + 3e-4 * mask * (low + torch.randn(400, 400, generator=generator(7)))).to(dtype)
+    w0 = w0.to(dtype)
+    out, facts = extrapolated(w1, w0)
+    true = 1 - oracle.agreement("w", w1, w0, out, 6, 1.25).share
+    assert true / 3 <= facts.predicted_share <= 4 * true + 2e-4
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-39, 1e-36])
+def test_a_difference_among_subnormals_is_extrapolated(size):
+    w1 = torch.randn(120, 100, generator=generator()) * 0.02
+    w0 = w1.clone()
+    w0[3, 5], w1[3, 5] = 0.0, size
+    out, facts = extrapolated(w1, w0)
+    assert facts.singular_values[0] == pytest.approx(float(w1[3, 5]), rel=1e-5)
+    assert out[3, 5].item() == pytest.approx(2.25 * float(w1[3, 5]), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-170, 1e150])
+@pytest.mark.parametrize("svd", ["randomized", "exact"])
+def test_float64_reaches_as_far_as_it_does(size, svd):
+    w0, w1 = pair_of(60, 50, generator(), dtype=torch.float64)
+    w1_before = w1 * size
+    out, facts = extrapolated(w1_before, w0 * size, svd=svd)
+    assert torch.equal(w1_before, w1 * size), "the inputs are never touched"
+    plain, _ = extrapolated(w1, w0, svd=svd)
+    assert torch.allclose(out / size, plain, rtol=1e-5, atol=1e-9)
+    assert 0 < facts.energy <= 1
+
+
+def test_identical_weights_may_hold_nan():
+    w = torch.randn(30, 20)
+    w[3, 4] = math.nan
+    assert extrapolated(w, w.clone())[1].method == "zero"
+
+
+def test_the_callers_default_dtype_does_not_matter():
+    w0, w1 = pair_of(90, 80, generator())
+    expected, _ = extrapolated(w1, w0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, _ = extrapolated(w1, w0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

@@ -144,3 +144,23 @@ def test_an_idle_worker_holds_nothing_of_the_last_job():
             gc.collect()
             time.sleep(0.01)
         assert alive() is None
+
+
+def test_workers_that_start_together_leave_the_default_alone():
+    before = torch.get_num_threads()
+
+    def use():
+        for _ in range(5):
+            with Workers(2):
+                pass
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [before]
