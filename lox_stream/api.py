@@ -109,7 +109,8 @@ def execute(
                     report(())
                 else:
                     report(event.working)
-        warnings = (*plan.warnings, *output.warnings, *run_warnings(output.finished.values(), plan.options))
+        found = run_warnings(output.finished.values(), plan.options)
+        warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
         elapsed_s = time.monotonic() - started
         output.publish(
             written_documents(plan, output.finished, elapsed_s=elapsed_s, sessions=output.sessions, warnings=warnings)
@@ -156,6 +157,20 @@ class _Reporter:
             )
 
 
+def changed_inputs(plan: Plan) -> tuple[str, ...]:
+    """A message for each shard of the inputs that is not as it was when the run was planned."""
+    changed = []
+    for shard in (*plan.base.shards, *plan.aligned.shards):
+        try:
+            now = shard.path.stat()
+            same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
+        except OSError:
+            same = False
+        if not same:
+            changed.append(f"{shard.path}: was modified while the run read it. Run again with --overwrite to be sure")
+    return tuple(changed)
+
+
 def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str, ...]:
     """What a person should know of the finished tensors, each a complete message."""
     rows = sorted(finished, key=lambda facts: facts.name)
@@ -167,6 +182,11 @@ def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str
         warnings.append(
             f"only {total.retention:.0%} of the update survives the rounding to the output's dtype: most of its "
             "elements are smaller than half a step. Keep all of it on average with --rounding stochastic"
+        )
+    if total.identical and not total.extrapolated:
+        warnings.append(
+            f"base and aligned hold the same weights: all {total.identical} matrices were copied, none extrapolated. "
+            "Is one of the two the wrong model?"
         )
     if total.not_unique:
         warnings.append(

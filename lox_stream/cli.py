@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lox_stream.options import Options, check_platform, parse_size
 EPILOG = """\b
 Example:
   lox-stream run --base llama-base --aligned llama-instruct --out llama-lox
+
 \b
 Exit codes:
   0    done
@@ -44,6 +46,9 @@ class _Program(click.Group):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         typed = tuple(sys.argv[1:] if args is None else args)
         extra |= {"standalone_mode": False, "obj": typed}
+        for name in ("stdout", "stderr"):  # closed by whoever started us: nobody reads them
+            if getattr(sys, name) is None:
+                setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks is no reason to stop
                 stream.reconfigure(errors="backslashreplace")
@@ -58,7 +63,16 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
         raise OptionError(f"{param.opts[0]}: {error}") from error
 
 
-FOLDER = click.Path(path_type=Path)
+class _Folder(click.Path):
+    """A path that is not empty: an unset variable of a shell must not mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty, expected a folder or a file ('.' is the current folder)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _Folder(path_type=Path)
 DEFAULTS = Options()
 
 
@@ -105,7 +119,7 @@ def commands() -> None:
     default=DEFAULTS.tolerance,
     metavar="T",
     show_default=True,
-    help="Share of output elements that may differ from the exact result.",
+    help="Share of 16-bit output elements that may differ from the exact result (wider ones: relative error 1e-5).",
 )
 @click.option("--skip", multiple=True, metavar="GLOB", help="Copy the tensors with these names; repeatable.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Extrapolate only tensors with these names; repeatable.")
@@ -137,7 +151,11 @@ def commands() -> None:
 )
 @click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output in --out.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace what a run writes in --out: an earlier output, or a folder of nothing but such names.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")

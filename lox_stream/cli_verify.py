@@ -113,7 +113,7 @@ def _show(
     if wrong:
         click.echo(f"FAILED: {where}: {counted(wrong, 'matrix', 'matrices')} of {len(compared)} disagree with float64")
     else:
-        more = f", and {counted(len(compared), 'matrix', 'matrices')} agree with float64" if compared else ""
+        more = f", and {counted(len(compared), 'matrix agrees', 'matrices agree')} with float64" if compared else ""
         click.echo(f"OK: {where}: {counted(len(checks), 'check')}, every byte of {size} is as it was written{more}")
 
 

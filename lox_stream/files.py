@@ -35,8 +35,10 @@ def explained(path: Path, doing: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        first = "Free some space, then: " if error.errno in FULL else ""
-        raise OutputError(f"{path}: cannot {doing}: {error.strerror or error}. {first}{way_out}") from error
+        first = "Free some space. " if error.errno in FULL else ""
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+        at = f" ({named})" if named != path else ""
+        raise OutputError(f"{path}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error
 
 
 def reserve(fd: int, n_bytes: int) -> None:

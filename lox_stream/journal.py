@@ -17,8 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from lox_stream import files
-from lox_stream.checkpoint import Checkpoint
+from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import listing
@@ -27,6 +29,7 @@ from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
 
 FORMAT = 1
+SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
 FREE_OPTIONS = ("device", "memory_bytes", "threads")  # no byte of the output depends on them
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 
@@ -94,9 +97,25 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def _shards(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        shard.name: {"size": shard.size_bytes, "header": shard.header_hash, "mtime_ns": shard.mtime_ns}
+        shard.name: {
+            "size": shard.size_bytes,
+            "header": shard.header_hash,
+            "sample": _sample(shard),
+            "mtime_ns": shard.mtime_ns,
+        }
         for shard in checkpoint.shards
     }
+
+
+def _sample(shard: Shard) -> str:
+    """xxh3_64 of sixteen pieces spread over the weights: all models of one architecture have the same header."""
+    digest = xxhash.xxh3_64()
+    first = len(shard.header)
+    with shard.path.open("rb", buffering=0) as file:
+        for i in range(SAMPLE_PIECES):
+            file.seek(first + (shard.size_bytes - first) * i // SAMPLE_PIECES)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def session() -> dict[str, Any]:
@@ -159,9 +178,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
             refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
             continue
         for name, was in before.items():
-            changed = [key for key in ("size", "header") if was[key] != now[name][key]]
+            changed = [key for key in ("size", "header", "sample") if was.get(key) != now[name].get(key)]
             if changed:
-                refused.append(f"{side} {name}: {' and '.join(changed)} differ from those the run began with")
+                refused.append(f"{side} {name}: not the file that the run began with ({', '.join(changed)} differ)")
             elif was["mtime_ns"] != now[name]["mtime_ns"]:
                 warned.append(f"{side} {name}: was modified since the run began; size and header are the same")
     return refused, warned

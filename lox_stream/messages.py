@@ -14,6 +14,7 @@ import click
 from lox_stream.errors import CheckpointError, LoxError, OptionError
 from lox_stream.names import printable
 
+NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2; its message is the help
 ERROR, USAGE, NOT_CONVERGED, INTERRUPTED = 1, 2, 3, 130  # exit codes; a signal's is 128 + its number
 
 
@@ -41,6 +42,9 @@ def guarded(action: Callable[[], Any]) -> int:
         code = int(action() or 0)
         sys.stdout.flush()
     except click.UsageError as error:
+        if isinstance(error, NO_ARGUMENTS):
+            click.echo(error.format_message(), err=True)
+            return USAGE
         if error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
         _say(error.format_message())

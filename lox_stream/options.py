@@ -11,6 +11,7 @@ from typing import Literal
 from lox_stream.errors import LoxError, OptionError
 
 MAX_SEED = 2**63 - 1
+MAX_THREADS = 1024
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
@@ -38,7 +39,7 @@ def check_options(options: Options) -> None:
     problems = [
         *_whole_number("--rank", options.rank, 0, None, "0 is full rank: delta itself, without an SVD"),
         *_whole_number("--seed", options.seed, 0, MAX_SEED, "any such number gives its own reproducible rounding"),
-        *_whole_number("--threads", options.threads, 0, None, "0 uses all cores"),
+        *_whole_number("--threads", options.threads, 0, MAX_THREADS, "0 uses all cores"),
         *_whole_number("--memory", options.memory_bytes, 1, None, "write a size such as 4GiB or 512M"),
         *_real_number("--alpha", options.alpha, -math.inf, "1.25 is the paper's; 0 copies the aligned weights"),
         *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),

@@ -109,8 +109,9 @@ def truncated_svd(
     image = torch.empty(columns, m, dtype=torch.float32)  # (A P)'
     gram = torch.zeros(columns, columns, dtype=torch.float64)
     watch = _Watch(rank)
-    block = orthonormal(torch.randn(width, n, generator=generator, dtype=torch.float32), basis[:0], 0.0)
-    size = passes = 0
+    start = torch.randn(width, m, generator=generator, dtype=torch.float32)
+    block = orthonormal(backward(start.T).T, basis[:0], 0.0)
+    size, passes = 0, 1
     while block.shape[0] and size + block.shape[0] <= columns:
         old, size = size, size + block.shape[0]
         basis[old:size] = block
@@ -122,7 +123,7 @@ def truncated_svd(
         gram[:old, old:size] = gram[old:size, :old].T
         passes += 1
         watch.look(gram[:size, :size], size - old, op.squared_norm())
-        if size == n or (passes > 3 and watch.settled(enough)):
+        if size == n or watch.settled(enough):
             break
         turned = _sweep(image[old:size], image[:0], watch.norm)  # else the product would square the condition
         block = orthonormal(backward(turned.T).T, basis[:size], watch.norm)
@@ -230,8 +231,10 @@ class _Watch:
     @property
     def _to_come(self) -> float:
         """What further products would change."""
+        if self.exhausted:
+            return 0.0
         d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
-        if self.exhausted or d0 == 0.0:
+        if d0 == 0.0:
             return 0.0
         rate = max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else 1.0
         rate = min(rate, 0.999)
@@ -262,8 +265,8 @@ class _Watch:
         return enough(self.error, self.part) or not self.unique
 
     def settled(self, enough: Callable[[float, float], bool]) -> bool:
-        """Converged, or as near to it as float32 comes."""
-        return self.converged(enough) or self._to_come < 0.5 * self._floor
+        """Converged, or as near to it as float32 comes; three looks at least, for two steps make a rate."""
+        return len(self.steps) > 2 and (self.converged(enough) or self._to_come < 0.5 * self._floor)
 
     def result(
         self, sides: tuple[Tensor, Tensor], wide: bool, enough: Callable[[float, float], bool], passes: int

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lox_stream
-from lox_stream import Cancelled, DataError, DeviceError, LoxError, MemoryBudgetError, OptionError, Options, pipeline
+from lox_stream import (
+    Cancelled,
+    DataError,
+    DeviceError,
+    LoxError,
+    MemoryBudgetError,
+    OptionError,
+    Options,
+    ResumeError,
+    pipeline,
+)
 from lox_stream.synthetic import llama_shapes, write_pair
 
 MIB = 1 << 20
@@ -313,8 +325,6 @@ def test_low_retention_is_said_with_its_way_out(tmp_path):
 
 
 def test_a_file_that_is_cut_while_it_is_used_gives_an_error_and_no_bytes(pair, tmp_path):
-    import shutil
-
     aligned = shutil.copytree(pair[1], tmp_path / "aligned")
     plan = lox_stream.plan(pair[0], aligned, tmp_path / "out")
     shard = max(aligned.glob("*.safetensors"))
@@ -418,3 +428,37 @@ def test_errors_travel_between_processes(tmp_path):
 
 def test_the_public_names_are_listed():
     assert set(lox_stream.__all__) <= set(dir(lox_stream))
+
+
+def test_other_weights_of_the_same_shape_are_not_resumed(pair, tmp_path):
+    """All fine-tunes of one model have the same header."""
+    out, cancel = tmp_path / "out", threading.Event()
+    with pytest.raises(Cancelled):
+        lox_stream.extrapolate(*pair, out, progress=lambda state: cancel.set(), cancel=cancel)
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    for path in other.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+        path.write_bytes(data)
+    with pytest.raises(ResumeError, match="not the file that the run began with"):
+        lox_stream.extrapolate(pair[0], other, out, resume=True)
+
+
+def test_an_input_that_changes_during_the_run_is_named(pair, tmp_path):
+    aligned = tmp_path / "aligned"
+    shutil.copytree(pair[1], aligned)
+    shard = min(aligned.glob("*.safetensors"))
+
+    def touch(state):
+        os.utime(shard, ns=(1, 1))
+
+    summary = lox_stream.extrapolate(pair[0], aligned, tmp_path / "out", progress=touch)
+    assert any(shard.name in warning and "modified" in warning for warning in summary.warnings)
+
+
+def test_the_same_model_twice_brings_a_warning(pair, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(pair[1], again)
+    summary = lox_stream.extrapolate(again, pair[1], tmp_path / "out")
+    assert any("wrong model" in warning for warning in summary.warnings)

@@ -382,3 +382,26 @@ def test_the_command_that_goes_on_is_what_was_typed_with_resume_and_without_over
     expected = ["/somewhere/bin/lox-stream", *typed[:7], "--rank", "8", "--resume"]
     assert shlex.split(cli_run.going_on(typed)) == expected
     assert shlex.split(cli_run.going_on([*typed, "--resume"])) == expected, "not twice"
+
+
+def test_without_arguments_the_help_is_shown_as_it_is():
+    done = subprocess.run([sys.executable, "-P", "-m", "lox_stream"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert "\b" not in done.stderr
+    assert "Exit codes:" in done.stderr
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    line = [sys.executable, "-P", "-m", "lox_stream", "run", "--base", "a", "--aligned", "b", "--out", ""]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--out" in done.stderr
+    assert "is empty" in done.stderr
+
+
+def test_a_closed_stdout_is_no_error(tmp_path):
+    line = f"{shlex.quote(sys.executable)} -P -m lox_stream --version >&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -159,7 +159,7 @@ FILE = "model.safetensors"
         ),
         (
             changed(inputs__aligned={FILE: {"size": 8, "header": "bb", "mtime_ns": 6}}),
-            [f"aligned {FILE}: size and header differ from those the run began with"],
+            [f"aligned {FILE}: not the file that the run began with (size, header differ)"],
             [],
         ),
         (
