@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,15 +146,18 @@ def inside(workers: Workers, work: Callable[[], Any]) -> Any:
     """Do `work` as a job of the workers, where each thread computes on one torch thread, and return its result."""
     results: list[Any] = []
     errors: list[BaseException] = []
+    done = threading.Event()
 
     def job() -> None:
         try:
             results.append(work())
         except BaseException as problem:
             errors.append(problem)
+        done.set()
 
     with workers:
         workers.submit(job)
+        done.wait()  # on leaving, workers that are idle end
     if errors:
         raise errors[0]
     return results[0]

@@ -238,10 +238,11 @@ def _nearest(total: Tensor, out: Tensor) -> None:
 
 def _stochastic_bf16(total: Tensor, words: np.ndarray, out: Tensor) -> None:
     """Add 16 random bits below bfloat16's last place and cut: up with the probability of the fraction cut off."""
-    bits = total.float().numpy().view(np.uint32)
-    finite = np.isfinite(bits.view(np.float32))
-    bits = np.where(finite, bits + words, bits)
-    out.copy_(torch.from_numpy((bits & np.uint32(0xFFFF0000)).view(np.float32)))
+    total = total.float()
+    bits = total.numpy().view(np.uint32)  # infinities have no low bits, and stay
+    np.add(bits, words, out=bits)
+    np.bitwise_and(bits, np.uint32(0xFFFF0000), out=bits)
+    out.copy_(total)
 
 
 def _stochastic_fp16(total: Tensor, words: np.ndarray, out: Tensor) -> None:

@@ -10,6 +10,7 @@ Two elements share one 32-bit word, the even one its low half:
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,26 @@ def key_of(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+_local = threading.local()
+
+
+def _workspace(count: int) -> tuple[Words, Words, Words]:
+    """0, 1, ..., count - 1 and two buffers, this thread's own; fresh memory costs a third of the time."""
+    counting: Words | None = getattr(_local, "counting", None)
+    if counting is None or len(counting) < count:
+        counting = _local.counting = np.arange(count, dtype=np.uint32)
+        _local.words, _local.scratch = np.empty_like(counting), np.empty_like(counting)
+    return counting[:count], _local.words[:count], _local.scratch[:count]
+
+
 def words16(first: int, count: int, key: tuple[int, int]) -> NDArray[np.uint16]:
-    """(count,) random 16-bit words of the elements first, first + 1, ...; 4 bytes of scratch an element."""
+    """(count,) random 16-bit words of the elements first, first + 1, ...; valid until this thread's next call."""
     start, stop = first // 2, (first + count + 1) // 2
-    pairs = np.arange(start, stop, dtype=np.uint64)
-    x = pairs.astype(np.uint32)
-    high = (pairs >> np.uint64(32)).astype(np.uint32) if stop >> 32 else np.uint32(0)
-    scratch = np.empty_like(x)
+    counting, x, scratch = _workspace(stop - start)
+    np.add(counting, np.uint32(start & 0xFFFFFFFF), out=x)  # modulo 2^32
+    high: Words | np.uint32 = np.uint32(start >> 32)
+    if start >> 32 != (stop - 1) >> 32:
+        high = ((np.uint64(start) + counting.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
     x ^= np.uint32(key[0])
     _mix(x, scratch)
     x ^= np.uint32(key[1]) ^ high
