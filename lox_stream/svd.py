@@ -78,9 +78,9 @@ def truncated_svd(
     """The `rank` leading singular triplets of `op`, 1 <= rank <= min(m, n).
 
     `enough(error, part)` decides when to stop, from the predicted |E|_F of the rank-k part and that part's own
-    Frobenius norm; the default asks for a relative error of 1e-5. The bases grow to at most `max_columns` vectors a
-    side (default `costs.basis_columns`): about 64 products at rank 6. Then the best result is returned with
-    `converged=False`.
+    Frobenius norm; the default asks for a relative error of 1e-5. The basis grows to at most `max_columns` vectors
+    (default `costs.basis_columns`): 65 products at rank 6. Then, or when float32 has no more to give, the best result is
+    returned with `converged=False`.
 
     >>> diagonal = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     >>> class Operator:
