@@ -79,8 +79,8 @@ def truncated_svd(
 
     `enough(error, part)` decides when to stop, from the predicted |E|_F of the rank-k part and that part's own
     Frobenius norm; the default asks for a relative error of 1e-5. The basis grows to at most `max_columns` vectors
-    (default `costs.basis_columns`): 65 products at rank 6. Then, or when float32 has no more to give, the best result is
-    returned with `converged=False`.
+    (default `costs.basis_columns`): 65 products at rank 6. Then, or when float32 has no more to give, the best result
+    is returned with `converged=False`.
 
     >>> diagonal = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     >>> class Operator:
