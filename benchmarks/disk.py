@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pairs import warm
+
 from lox_stream import files
 
 CALL_BYTES = 4 << 20
@@ -74,20 +76,12 @@ def floor(sides: Sequence[Sequence[Path]], out: Path) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
     block = os.urandom(CALL_BYTES)
     with ThreadPoolExecutor(len(sides) + 1) as threads:
-        works = [threads.submit(_read, side) for side in sides]
+        works = [threads.submit(warm, side) for side in sides]
         works.append(threads.submit(_write, [(out / path.name, path.stat().st_size) for path in sides[-1]], block))
         for work in works:
             work.result()
     files.sync_folder(out)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before) * BLOCK
-
-
-def _read(paths: Sequence[Path]) -> None:
-    buffer = bytearray(CALL_BYTES)
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
 
 
 def _write(targets: Sequence[tuple[Path, int]], block: bytes) -> None:

@@ -113,11 +113,11 @@ def largest_entry(w1: Tensor, w0: Tensor, run: Run) -> float:
     return max(largest)
 
 
-def first_not_finite(w1: Tensor, w0: Tensor | None, first_row: int = 0) -> str:
+def first_not_finite(w1: Tensor, w0: Tensor, first_row: int = 0) -> str:
     """Where the first NaN or Inf is, in words: "aligned has nan at [3, 7]"."""
     for row in range(w1.shape[0]):
         for side, weight in (("aligned", w1), ("base", w0)):
-            if weight is None or bool(weight[row].isfinite().all()):
+            if bool(weight[row].isfinite().all()):
                 continue
             column = int((~weight[row].isfinite()).nonzero()[0, 0])
             return f"{side} has {float(weight[row, column])} at [{first_row + row}, {column}]"
