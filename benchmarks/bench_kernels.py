@@ -24,7 +24,7 @@ from harness import Table, Timing, WrongResult, alternate, cores, finish, say
 from oracle import rounded_once, same_bits, ulp
 from torch import Tensor
 
-from lox_stream.kernels import cpu, delta_matmul, delta_rmatmul, key_of, lowrank_update
+from lox_stream.kernels import cpu, delta_matmul, delta_normal, delta_rmatmul, key_of, lowrank_update
 from lox_stream.kernels.cpu import Run
 from lox_stream.synthetic import pair_of
 from lox_stream.workers import Workers
@@ -109,6 +109,9 @@ def check(data: Data) -> None:
     _require(torch.equal(formed.double(), rounded_once(delta, torch.float32).double()), "forming tiles")
     _check_product("delta_matmul", delta_matmul(data.w1, data.w0, data.x), delta, data.x)
     _check_product("delta_rmatmul", delta_rmatmul(data.w1, data.w0, data.y), delta.T, data.y)
+    image, back = delta_normal(data.w1, data.w0, data.x)
+    _check_product("delta_normal", image, delta, data.x)
+    _check_product("delta_normal", back, delta.T, image)
     change = data.us.double() @ data.vh.double()
     exact = w1 + change
     for name, key in (("nearest", None), ("stochastic", KEY)):
@@ -174,6 +177,7 @@ def measure(data: Data, threads: int, repeats: int) -> dict[str, Timing]:
         "forming tiles": lambda: form(data, run),
         "delta_matmul": lambda: delta_matmul(data.w1, data.w0, data.x, run=run),
         "delta_rmatmul": lambda: delta_rmatmul(data.w1, data.w0, data.y, run=run),
+        "delta_normal": lambda: delta_normal(data.w1, data.w0, data.x, run=run),
         "lowrank_update nearest": lambda: update(data, run, None),
         "lowrank_update stochastic": lambda: update(data, run, KEY),
     }

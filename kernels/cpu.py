@@ -53,13 +53,11 @@ def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return buffer[: shape.numel()].view(shape)
 
 
-def difference(w1: Tensor, w0: Tensor | None, scale: float = 1.0) -> Tensor:
+def difference(w1: Tensor, w0: Tensor, scale: float = 1.0) -> Tensor:
     """(w1 - w0) * scale of one tile in float32, scale a power of two; exact but for the one rounding.
 
-    The result lies in this thread's scratch memory. Without w0, w1 is such a difference already and is returned.
+    The result lies in this thread's scratch memory.
     """
-    if w0 is None:
-        return w1
     wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
     a, b = scratch(0, w1.shape, wide), scratch(1, w1.shape, wide)
     a.copy_(w1)
@@ -73,7 +71,7 @@ def difference(w1: Tensor, w0: Tensor | None, scale: float = 1.0) -> Tensor:
 
 def delta_matmul(
     w1: Tensor,
-    w0: Tensor | None,
+    w0: Tensor,
     x: Tensor,
     *,
     scale: float = 1.0,
@@ -82,7 +80,6 @@ def delta_matmul(
 ) -> Tensor:
     """(W1 - W0) * scale @ X: weights (m, n) of any float dtypes, x (n, l) float32 -> (m, l) float32.
 
-    With w0 None, w1 is a float32 difference that was kept (`difference`), scaled already.
     `squares`, if given, receives sums of squares of the difference that add up to the whole, in the order of the tasks.
     Moves the weights once.
     """
@@ -97,10 +94,10 @@ def delta_matmul(
         band = slice(i * rows, min((i + 1) * rows, m))
         for j in range(0, n, columns):
             part = slice(j, j + columns)
-            tile = difference(w1[band, part], None if w0 is None else w0[band, part], scale)
+            tile = difference(w1[band, part], w0[band, part], scale)
             torch.addmm(out[band], tile, x[part], beta=0 if j == 0 else 1, out=out[band])
             if squares is not None:
-                sums[i] += _sum_of_squares(tile)
+                sums[i] += sum_of_squares(tile)
 
     run(task, count)
     if squares is not None:
@@ -108,7 +105,7 @@ def delta_matmul(
     return out
 
 
-def _sum_of_squares(tile: Tensor) -> float:
+def sum_of_squares(tile: Tensor) -> float:
     """In float64 over float32 sums of 1024 elements each: float32 alone loses five digits over a long row."""
     flat = tile.reshape(-1)
     whole = flat.numel() // 1024 * 1024
@@ -118,7 +115,7 @@ def _sum_of_squares(tile: Tensor) -> float:
 
 def delta_rmatmul(
     w1: Tensor,
-    w0: Tensor | None,
+    w0: Tensor,
     y: Tensor,
     *,
     scale: float = 1.0,
@@ -127,38 +124,71 @@ def delta_rmatmul(
 ) -> Tensor:
     """(W1 - W0).T * scale @ Y: weights (m, n) of any float dtypes, y (m, l) float32 -> (n, l) float32.
 
-    `squares` and a missing w0 as in `delta_matmul`.
-
-    A task sums `Y.T @ tile` in place over eight or more row tiles; at most 32 such sums are kept and added in order.
-    Moves the weights once. The result is a transposed view: its rows are not contiguous.
+    `squares` as in `delta_matmul`. A task sums `Y.T @ tile` in place over eight or more row tiles; at most 32 such sums
+    are kept and added in order. Moves the weights once. The result is a transposed view: its rows are not contiguous.
     """
     _check(w1, w0)
     m, n = w1.shape
     rows, columns = tiling(m, n)
-    tiles = -(-m // rows)
-    span = rows * max(CHUNK_TILES, -(-tiles // MAX_CHUNKS))
-    chunks, parts = -(-m // span), -(-n // columns)
-    sums = torch.empty(chunks, y.shape[1], n, dtype=torch.float32)
-    norms = [0.0] * (chunks * parts)
+    chunks, parts = _chunks(m, rows), -(-n // columns)
+    sums = torch.empty(len(chunks), y.shape[1], n, dtype=torch.float32)
+    norms = [0.0] * (len(chunks) * parts)
 
     def task(i: int) -> None:
         chunk, part = divmod(i, parts)
         across = slice(part * columns, min((part + 1) * columns, n))
         out = sums[chunk, :, across]
-        for top in range(chunk * span, min((chunk + 1) * span, m), rows):
-            band = slice(top, min(top + rows, m))
-            tile = difference(w1[band, across], None if w0 is None else w0[band, across], scale)
-            torch.addmm(out, y[band].T, tile, beta=0 if top == chunk * span else 1, out=out)
+        for first, band in enumerate(chunks[chunk]):
+            tile = difference(w1[band, across], w0[band, across], scale)
+            torch.addmm(out, y[band].T, tile, beta=0 if first == 0 else 1, out=out)
             if squares is not None:
-                norms[i] += _sum_of_squares(tile)
+                norms[i] += sum_of_squares(tile)
 
-    run(task, chunks * parts)
+    run(task, len(norms))
     if squares is not None:
         squares.extend(norms)
+    return _total(sums).T
+
+
+def delta_normal(
+    w1: Tensor, w0: Tensor, x: Tensor, *, scale: float = 1.0, run: Run = in_order
+) -> tuple[Tensor, Tensor]:
+    """Y = (W1 - W0) * scale @ X and (W1 - W0).T * scale @ Y: x (n, l) float32 -> (m, l) and (n, l) float32.
+
+    Both products of a tile while it lies in the cache: it is formed once, and the weights move once for two products.
+    One thread of an EPYC (Zen 4), 4096 x 4096 bf16, 16 columns: 22.5 ms against 29.6 ms for the two one by one. A tile
+    is whole rows here, so it is for rows of up to WIDE elements. Sums and order as in `delta_rmatmul`.
+    """
+    _check(w1, w0)
+    m, n = w1.shape
+    assert n <= WIDE, "rows are cut: the two products are not to be had from one tile"
+    chunks = _chunks(m, tiling(m, n)[0])
+    out = torch.empty(m, x.shape[1], dtype=torch.float32)
+    sums = torch.empty(len(chunks), x.shape[1], n, dtype=torch.float32)
+
+    def task(i: int) -> None:
+        for first, band in enumerate(chunks[i]):
+            tile = difference(w1[band], w0[band], scale)
+            torch.mm(tile, x, out=out[band])
+            torch.addmm(sums[i], out[band].T, tile, beta=0 if first == 0 else 1, out=sums[i])
+
+    run(task, len(chunks))
+    return out, _total(sums).T
+
+
+def _chunks(m: int, rows: int) -> list[list[slice]]:
+    """The row tiles of a matrix, by the task that sums over them: a function of the shape alone."""
+    bands = [slice(top, min(top + rows, m)) for top in range(0, m, rows)]
+    length = max(CHUNK_TILES, -(-len(bands) // MAX_CHUNKS))
+    return [bands[first : first + length] for first in range(0, len(bands), length)]
+
+
+def _total(sums: Tensor) -> Tensor:
+    """The partial sums added up in their order, into the first."""
     total = sums[0]
     for partial in sums[1:]:
         total += partial
-    return total.T
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +285,7 @@ def _stochastic_fp16(total: Tensor, words: np.ndarray, out: Tensor) -> None:
     out.copy_(torch.from_numpy(rounded))
 
 
-def _check(w1: Tensor, w0: Tensor | None) -> None:
+def _check(w1: Tensor, w0: Tensor) -> None:
     assert w1.ndim == 2, "a weight is a matrix here"
-    assert w0 is None or w1.shape == w0.shape, "base and aligned differ in shape"
-    assert w0 is not None or w1.dtype == torch.float32, "a difference that was kept is float32"
+    assert w1.shape == w0.shape, "base and aligned differ in shape"
     assert w1.stride(1) == 1 or w1.shape[1] == 1, "rows have to be contiguous"

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lox_stream.costs import KEPT_ELEMENTS
 from lox_stream.errors import DataError
-from lox_stream.kernels import delta_matmul, delta_rmatmul, tiling
-from lox_stream.kernels.cpu import Run, difference, scratch
+from lox_stream.kernels import WIDE, delta_matmul, delta_normal, delta_rmatmul, difference, sum_of_squares, tiling
+from lox_stream.kernels.cpu import Run
 
-KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once
 FLOAT32_SCALE = 120  # exponent of the largest scale that float32 weights are multiplied by
 SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
 
@@ -32,16 +32,9 @@ class Delta:
     def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
         self.w1, self.w0 = w1, w0
         self.run = run
-        self.passes = 0
-        self.scale = self._scale_for(rms)
+        self.turned = False
+        self.scale = _scale_for(rms, w1, w0)
         self._squares: float | None = None
-        self._weights: tuple[Tensor, Tensor | None] = (w1, w0)
-
-    def _scale_for(self, size: float) -> float:
-        """Within float32, unless the difference is formed in float64."""
-        scale = power_of_two(size)
-        wide = torch.float64 in (self.w1.dtype, self.w0.dtype)
-        return scale if wide else max(2.0**-FLOAT32_SCALE, min(2.0**FLOAT32_SCALE, scale))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,41 +48,105 @@ class Delta:
         """(delta * scale).T @ y: (m, l) -> (n, l)."""
         return self._product(delta_rmatmul, y)
 
+    def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y = delta * scale @ x and (delta * scale).T @ y: (n, l) -> (m, l) and (n, l), in one pass where that goes."""
+        if self._squares is None or self.shape[1] > WIDE:
+            y = self.matmul(x)
+            return y, self.rmatmul(y)
+        return delta_normal(self.w1, self.w0, x, scale=self.scale, run=self.run)
+
     def _product(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
-        self.passes += 1
         if self._squares is not None:
-            return kernel(*self._weights, x, scale=self.scale, run=self.run)
+            return kernel(self.w1, self.w0, x, scale=self.scale, run=self.run)
         product = self._first(kernel, x)
         if not SANE[0] < self.squared_norm() < SANE[1]:
             largest = largest_entry(self.w1, self.w0, self.run)
             if largest > 0:
-                self.passes += 2
-                self.scale = self._scale_for(largest)
+                self.scale = _scale_for(largest, self.w1, self.w0)
                 product = self._first(kernel, x)
-        self._keep()
         return product
 
     def _first(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
         squares: list[float] = []
         product = kernel(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
-        self._squares = math.fsum(squares) if all(map(math.isfinite, squares)) else math.inf
+        self._squares = _sum(squares)
         return product
-
-    def _keep(self) -> None:
-        """Hold a small difference in float32: forming it is half of a pass, and it is as small as the pair."""
-        if self.w1.numel() <= KEPT_ELEMENTS:
-            kept = scratch(4, self.w1.shape, torch.float32)
-            rows, columns = tiling(*self.shape)
-            for top in range(0, self.shape[0], rows):
-                for left in range(0, self.shape[1], columns):
-                    tile = slice(top, top + rows), slice(left, left + columns)
-                    kept[tile] = difference(self.w1[tile], self.w0[tile], self.scale)
-            self._weights = kept, None
 
     def squared_norm(self) -> float:
         """|delta * scale|_F^2, known after the first product."""
         assert self._squares is not None, "no product was taken yet"
         return self._squares
+
+
+class KeptDelta:
+    """The same for small weights: the difference is formed once, for that is half of a pass.
+
+    Raises NotFinite when it is made.
+    """
+
+    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
+        self.scale = _scale_for(rms, w1, w0)
+        self.turned = w1.shape[0] < w1.shape[1]
+        self._dense = torch.empty(w1.shape, dtype=torch.float32)
+        self._squares = self._form(w1, w0)
+        if not SANE[0] < self._squares < SANE[1]:
+            largest = largest_entry(w1, w0, run)
+            if largest > 0:
+                self.scale = _scale_for(largest, w1, w0)
+                self._squares = self._form(w1, w0)
+
+    def _form(self, w1: Tensor, w0: Tensor) -> float:
+        rows, columns = tiling(*w1.shape)
+        squares = []
+        for top in range(0, w1.shape[0], rows):
+            for left in range(0, w1.shape[1], columns):
+                tile = slice(top, top + rows), slice(left, left + columns)
+                squares.append(sum_of_squares(self._dense[tile].copy_(difference(w1[tile], w0[tile], self.scale))))
+        return _sum(squares)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        short, long = sorted(self._dense.shape)
+        return long, short
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """delta * scale @ x, turned: (n, l) -> (m, l)."""
+        return self._rows(x) if self.turned else self._columns(x)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """(delta * scale).T @ y, turned: (m, l) -> (n, l)."""
+        return self._columns(y) if self.turned else self._rows(y)
+
+    def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y = delta * scale @ x and (delta * scale).T @ y, turned: the second finds the matrix in the cache."""
+        y = self.matmul(x)
+        return y, self.rmatmul(y)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        return torch.mm(x.T, self._dense.T).T
+
+    def _rows(self, y: Tensor) -> Tensor:
+        return torch.mm(y.T, self._dense).T
+
+    def squared_norm(self) -> float:
+        """|delta * scale|_F^2."""
+        return self._squares
+
+
+def operator(w1: Tensor, w0: Tensor, run: Run, *, rms: float) -> Delta | KeptDelta:
+    """The difference of two (m, n) weights: kept if it has at most KEPT_ELEMENTS."""
+    return (KeptDelta if w1.numel() <= KEPT_ELEMENTS else Delta)(w1, w0, run, rms=rms)
+
+
+def _scale_for(size: float, w1: Tensor, w0: Tensor) -> float:
+    """Within float32, unless the difference is formed in float64."""
+    scale = power_of_two(size)
+    wide = torch.float64 in (w1.dtype, w0.dtype)
+    return scale if wide else max(2.0**-FLOAT32_SCALE, min(2.0**FLOAT32_SCALE, scale))
+
+
+def _sum(squares: list[float]) -> float:
+    return math.fsum(squares) if all(map(math.isfinite, squares)) else math.inf
 
 
 def largest_entry(w1: Tensor, w0: Tensor, run: Run) -> float:

@@ -22,7 +22,7 @@ class MatrixFacts:
     radius: tuple[float, ...] = ()  # each s_i lies within radius_i of a singular value of delta
     energy: float | None = None  # sum(s^2) / |delta|_F^2
     residual: float | None = None  # max(|A v - s u|, |A' u - s v|) / s_1
-    passes: int = 0  # products with delta
+    passes: int = 0  # over delta: for one product with it, or for two at once
     gap: float | None = None  # (s_k - s_(k+1)) / s_k, with the Krylov estimate of s_(k+1)
     unique: bool = True  # False: s_k and s_(k+1) agree within what float32 resolves
     predicted_error: float | None = None  # |E|_F / |rank-k part|_F

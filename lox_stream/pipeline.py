@@ -2,14 +2,17 @@
 
     Prefetch thread --fetched--> admission, here --job--> Workers --finished--> the caller of `compute`
 
-One queue carries all events to the thread that runs this generator; it admits and hands over, and never computes.
+One queue carries all events to the thread that runs this generator; it admits and hands over, and never computes. A job
+is one tensor, or some small ones of one shape that lie near each other and are solved together.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +28,9 @@ from lox_stream.workers import Workers
 
 TICK_S = 0.1
 WINDOW_BYTES = 2 << 30  # input that waits in the page cache, at most
+SPAN_BYTES = 32 << 20  # of aligned, from the first to the last step of a job
+
+Job = tuple[int, ...]  # indices of the steps that are carried out together
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,8 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    index: int
-    finished: Finished
+    job: Job
+    finished: list[Finished]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,9 @@ class _Failed:
 @dataclass(frozen=True, slots=True)
 class _Fetched:
     pass
+
+
+_Event = _Done | _Failed | _Fetched
 
 
 def compute(
@@ -72,40 +81,48 @@ def compute(
 
     `place(step)` makes the target. `held_bytes(step)` is what the target keeps in memory until the caller asks for
     the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
-    buffers stay within `options.memory_bytes`, except that one step is always admitted.
+    buffers stay within `options.memory_bytes`, except that one job is always admitted.
     """
     threads = thread_count(options)
-    events: queue.SimpleQueue[_Done | _Failed | _Fetched] = queue.SimpleQueue()
-    admission = _Admission(steps, options, threads, held_bytes)
+    events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+    jobs = jobs_of(steps, options)
+    admission = _Admission(steps, jobs, options, threads, held_bytes)
     parked: dict[int, Finished] = {}
     with Workers(threads, stop) as workers:
-        window = min(WINDOW_BYTES, options.memory_bytes)
-        reading = Prefetch(steps, window, lambda: events.put(_Fetched()), lambda error: events.put(_Failed(error)))
+        reading = Prefetch(
+            [[steps[index] for index in job] for job in jobs],
+            min(WINDOW_BYTES, options.memory_bytes),
+            lambda: events.put(_Fetched()),
+            lambda error: events.put(_Failed(error)),
+        )
         try:
             following = 0
             while following < len(steps):
-                for index in admission.admit():
-                    workers.submit(_job(index, steps[index], place, options, workers, events))
+                for job in admission.admit():
+                    workers.submit(_work(job, steps, place, options, workers, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
                     if stop is not None and stop.is_set():
                         raise Cancelled("stopped on request") from None
-                    yield Tick(tuple(steps[index].name for index in admission.working - parked.keys()))
+                    yield Tick(tuple(steps[index].name for job in admission.working for index in job))
                     continue
                 if isinstance(event, _Failed):
                     raise event.error
                 if isinstance(event, _Fetched):
                     admission.fetched += 1
                     continue
-                reading.release(event.finished.step)
-                parked[event.index] = event.finished
-                for index in [following] if in_order else [event.index]:
-                    while index in parked:
+                admission.done(event.job)
+                reading.release([finished.step for finished in event.finished])
+                parked.update(zip(event.job, event.finished, strict=True))
+                ready = [following] if in_order else list(event.job)
+                for index in ready:
+                    if index in parked:
                         yield parked.pop(index)
                         admission.release(index)
                         following += 1
-                        index = following if in_order else -1
+                        if in_order:
+                            ready.append(following)
         except BaseException:
             workers.stop.set()
             raise
@@ -113,52 +130,92 @@ def compute(
             reading.close()
 
 
+def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
+    """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of the file."""
+    jobs: list[list[int]] = []
+    latest: dict[tuple[int, int, int], int] = {}  # of a shape: its job
+    ends = list(itertools.accumulate(step.aligned.n_bytes for step in steps))
+    span = min(SPAN_BYTES, options.memory_bytes // 16)
+    for index, step in enumerate(steps):
+        shape = step.count, step.m, step.n
+        job = jobs[latest[shape]] if shape in latest else []
+        if job and len(job) < _together(step, options) and ends[index] - ends[job[0]] <= span:
+            job.append(index)
+        else:
+            latest[shape] = len(jobs)
+            jobs.append([index])
+    return [tuple(job) for job in jobs]
+
+
+def _together(step: Step, options: Options) -> int:
+    """How many steps like this one make a job."""
+    if step.action == "copy" or options.svd == "exact" or not 0 < options.rank < min(step.m, step.n):
+        return 1
+    return costs.together(step.m, step.n, options.rank, options.memory_bytes) // step.count
+
+
 class _Admission:
-    """Which steps may be in work: in order, when their bytes have been read, within the memory budget."""
+    """Which jobs may be in work: in order, when their bytes have been read, within the memory budget."""
 
     def __init__(
-        self, steps: Sequence[Step], options: Options, threads: int, held_bytes: Callable[[Step], int]
+        self,
+        steps: Sequence[Step],
+        jobs: Sequence[Job],
+        options: Options,
+        threads: int,
+        held_bytes: Callable[[Step], int],
     ) -> None:
         self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
         self.budget = max(options.memory_bytes - costs.thread_bytes(threads), options.memory_bytes // 4)
         self.most = threads + 1
-        self.working: set[int] = set()
-        self.fetched = 0  # steps that were read
-        self._next = 0
+        self.working: set[Job] = set()
+        self.fetched = 0  # jobs that were read and not admitted yet
+        self._waiting = deque(jobs)
         self._held = 0
 
-    def admit(self) -> Iterator[int]:
-        while self._next < self.fetched and self._fits(self.cost[self._next]):
-            self._held += self.cost[self._next]
-            self.working.add(self._next)
-            yield self._next
-            self._next += 1
+    def admit(self) -> Iterator[Job]:
+        while self.fetched and self._fits(self._waiting[0]):
+            job = self._waiting.popleft()
+            self.fetched -= 1
+            self._held += self._cost(job)
+            self.working.add(job)
+            yield job
 
-    def _fits(self, cost: int) -> bool:
-        return not self.working or (len(self.working) < self.most and self._held + cost <= self.budget)
+    def _cost(self, job: Job) -> int:
+        return sum(self.cost[index] for index in job)
+
+    def _fits(self, job: Job) -> bool:
+        """Where nothing is in work, the caller waits for this one, whatever it costs."""
+        room = len(self.working) < self.most and self._held + self._cost(job) <= self.budget
+        return room or not self.working
+
+    def done(self, job: Job) -> None:
+        """Computed; its memory is held until each step is released."""
+        self.working.remove(job)
 
     def release(self, index: int) -> None:
-        self.working.remove(index)
         self._held -= self.cost[index]
 
 
-def _job(
-    index: int,
-    step: Step,
+def _work(
+    job: Job,
+    steps: Sequence[Step],
     place: Callable[[Step], Target],
     options: Options,
     workers: Workers,
-    events: queue.SimpleQueue[_Done | _Failed | _Fetched],
+    events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
-    def job() -> None:
+    def work() -> None:
+        these = [steps[index] for index in job]
         try:
-            facts, target = process(step, lambda: place(step), options, workers.run)
+            written = process(these, place, options, workers.run)
         except BaseException as problem:  # raised where the events are read
             events.put(_Failed(problem))
         else:
-            events.put(_Done(index, Finished(step, facts, target)))
+            finished = [Finished(step, facts, target) for step, (facts, target) in zip(these, written, strict=True)]
+            events.put(_Done(job, finished))
 
-    return job
+    return work
 
 
 def thread_count(options: Options) -> int:

@@ -78,10 +78,13 @@ def plan(
 
 
 def memory_needed(step: Step, options: Options) -> int:
-    """Bytes of our own buffers that one matrix of a step needs at most; 0 for a copy."""
+    """Bytes of our own buffers that a step needs at most, for the matrices that it solves at once; 0 for a copy."""
     if step.action == "copy":
         return 0
-    return costs.step_bytes(step.m, step.n, options.rank, options.svd, step.aligned.dtype)
+    one = costs.step_bytes(step.m, step.n, options.rank, options.svd)
+    if options.svd == "exact":
+        return one
+    return one * min(step.count, costs.together(step.m, step.n, options.rank, options.memory_bytes))
 
 
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
-"""One tensor, from its two maps to its place in the output: extrapolated, or copied."""
+"""Tensors, from their two maps to their places in the output: extrapolated, or copied."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 import xxhash
 from torch import Tensor
 
+from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
@@ -18,9 +20,10 @@ from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step
 from lox_stream.options import Options
 from lox_stream.reader import TORCH_DTYPES, mapped
-from lox_stream.update import Setting, extrapolate_matrix
+from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
 COPY_BYTES = 1 << 20
+Outcome = tuple[MatrixFacts, ...] | NotFinite  # of a step: an empty tuple for one that is copied
 SUSPICIOUS = 0.5  # |delta| / |W| that fine-tuning does not give
 
 
@@ -32,64 +35,99 @@ class Target(Protocol):
     def checksum(self) -> str: ...
 
 
-def process(step: Step, place: Callable[[], Target], options: Options, run: Run) -> tuple[TensorFacts, Target]:
-    """Carry out a step. `place` makes its target, a second time if the tensor has to be written anew.
+def process(
+    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run
+) -> list[tuple[TensorFacts, Target]]:
+    """Carry out a step, or several whose matrices have one shape and are solved together.
 
-    Raises DataError for NaN or Inf, unless `options.on_nonfinite` is "copy".
+    `place(step)` makes its target, a second time if the tensor has to be written anew. Raises DataError for NaN or Inf,
+    unless `options.on_nonfinite` is "copy".
     """
     started = time.perf_counter()
-    target, action, reason = place(), step.action, str(step.reason)
-    matrices: tuple[MatrixFacts, ...] = ()
-    notices: tuple[str, ...] = ()
-    if step.action == "copy":
-        _copy_all(step, target, run)
-    else:
-        try:
-            matrices = _extrapolate(step, target, options, run)
-        except NotFinite as problem:
-            if options.on_nonfinite == "error":
-                raise DataError(
-                    f"{step.name}: {problem}; expected finite numbers. Copy such tensors unchanged with "
-                    f"--on-nonfinite copy, or this one with --skip '{step.name}'"
-                ) from problem
-            target, action, reason = place(), "copy", "not finite"
-            notices = (f"{step.name}: copied unchanged: {problem}",)
+    targets = [place(step) for step in steps]
+    outcomes: list[Outcome] = [()] * len(steps)
+    if steps[0].action == "extrapolate":
+        outcomes = _extrapolate(steps, targets, options, run)
+    finished = []
+    for step, target, outcome in zip(steps, targets, outcomes, strict=True):
+        if step.action == "copy" or isinstance(outcome, NotFinite):
+            target = place(step) if isinstance(outcome, NotFinite) else target
             _copy_all(step, target, run)
-        else:
-            notices = _suspicions(step, matrices)
-            if all(matrix.method == "zero" for matrix in matrices):
-                action, reason = "copy", "identical"
-    facts = TensorFacts(
+        elapsed_s = (time.perf_counter() - started) / len(steps)
+        finished.append((_facts(step, outcome, target.checksum(), elapsed_s), target))
+    return finished
+
+
+def _facts(step: Step, outcome: Outcome, checksum: str, elapsed_s: float) -> TensorFacts:
+    action, reason = step.action, str(step.reason)
+    matrices: tuple[MatrixFacts, ...] = ()
+    notices: tuple[str, ...]
+    if isinstance(outcome, NotFinite):
+        action, reason, notices = "copy", "not finite", (f"{step.name}: copied unchanged: {outcome}",)
+    else:
+        matrices, notices = outcome, _suspicions(step, outcome)
+        if matrices and all(matrix.method == "zero" for matrix in matrices):
+            action, reason = "copy", "identical"
+    return TensorFacts(
         name=step.name,
         action=action,
         reason=reason,
         n_bytes=step.aligned.n_bytes,
-        elapsed_s=time.perf_counter() - started,
-        checksum=target.checksum(),
+        elapsed_s=elapsed_s,
+        checksum=checksum,
         matrices=matrices,
         notices=notices,
     )
-    return facts, target
 
 
-def _extrapolate(step: Step, target: Target, options: Options, run: Run) -> tuple[MatrixFacts, ...]:
+def _extrapolate(steps: Sequence[Step], targets: Sequence[Target], options: Options, run: Run) -> list[Outcome]:
+    """For each step the facts of its matrices, or what is not finite in it."""
+    outcomes: list[Outcome] = [()] * len(steps)
+    with contextlib.ExitStack() as maps:
+        matrices = [
+            (i, matrix)
+            for i, (step, target) in enumerate(zip(steps, targets, strict=True))
+            for matrix in _matrices(step, target, options, maps)
+        ]
+        size = together(steps[0].m, steps[0].n, options.rank, options.memory_bytes)
+        for first in range(0, len(matrices), size):
+            some = matrices[first : first + size]
+            found = extrapolate_matrices([matrix for _, matrix in some], run)
+            for (i, matrix), facts in zip(some, found, strict=True):
+                before = outcomes[i]
+                if isinstance(before, NotFinite):
+                    continue
+                if isinstance(facts, NotFinite):
+                    outcomes[i] = _accepted(steps[i], facts, options)
+                    continue
+                outcomes[i] = (*before, facts)
+                if facts.method == "zero":
+                    _copy(as_bytes(matrix.w1), targets[i], matrix.setting.first * matrix.w1.element_size(), run)
+    return outcomes
+
+
+def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
+    """The problem, if such tensors are to be copied; else it is raised."""
+    if options.on_nonfinite == "copy":
+        return problem
+    raise DataError(
+        f"{step.name}: {problem}; expected finite numbers. Copy such tensors unchanged with --on-nonfinite copy, or "
+        f"this one with --skip '{step.name}'"
+    ) from problem
+
+
+def _matrices(step: Step, target: Target, options: Options, maps: contextlib.ExitStack) -> Iterator[Matrix]:
+    """The matrices of a step, over maps that are left open in `maps`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    size = step.m * step.n
-    facts = []
-    with mapped(step.aligned) as aligned, mapped(step.base) as base:
-        w1 = _stack(aligned, step.aligned.dtype, step)
-        w0 = _stack(base, step.base.dtype, step)
-        for index in range(step.count):
-            offset = index * size * w1.element_size()
+    w1 = _stack(maps.enter_context(mapped(step.aligned)), step.aligned.dtype, step)
+    w0 = _stack(maps.enter_context(mapped(step.base)), step.base.dtype, step)
+    for index in range(step.count):
+        offset = index * step.m * step.n * w1.element_size()
 
-            def emit(first: int, tile: Tensor, offset: int = offset) -> None:
-                target.write(offset + first * tile.element_size(), as_bytes(tile))
+        def emit(first: int, tile: Tensor, offset: int = offset) -> None:
+            target.write(offset + first * tile.element_size(), as_bytes(tile))
 
-            matrix = extrapolate_matrix(w1[index], w0[index], _setting(step, options, index), emit, run)
-            if matrix.method == "zero":
-                _copy(aligned[offset : offset + size * w1.element_size()], target, offset, run)
-            facts.append(matrix)
-    return tuple(facts)
+        yield Matrix(w1[index], w0[index], _setting(step, options, index), emit)
 
 
 def _stack(data: memoryview, dtype: str, step: Step) -> Tensor:

@@ -19,7 +19,7 @@ from lox_stream.checkpoint import TensorInfo
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.planning import Step
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 18  # stays in a core's cache, where the copy is not missed
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -62,32 +62,32 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
 
 
 class Prefetch:
-    """Reads the bytes of the steps to come into the page cache, base and aligned side by side, in order.
+    """Reads the bytes of the jobs to come into the page cache, base and aligned side by side, in order.
 
-    At most `window_bytes` are fetched and not yet released; a larger tensor is fetched alone. After each step
-    `fetched()` is called, or once `failed(error)`; both from a thread of this class.
+    At most `window_bytes` are fetched and not yet released; a larger job is fetched alone. After each job `fetched()`
+    is called, or once `failed(error)`; both from a thread of this class.
     """
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        jobs: Sequence[Sequence[Step]],
         window_bytes: int,
         fetched: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        self._steps = steps
+        self._jobs = jobs
         self._window = window_bytes
         self._fetched, self._failed = fetched, failed
         self._changed = threading.Condition()
         self._held = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._fetch_all, name="lox-read", daemon=True)
+        self._thread = threading.Thread(target=self._fetch_jobs, name="lox-read", daemon=True)
         self._thread.start()
 
-    def release(self, step: Step) -> None:
-        """The step's last pass is over: its bytes leave the window."""
+    def release(self, job: Sequence[Step]) -> None:
+        """The job's last pass is over: its bytes leave the window."""
         with self._changed:
-            self._held -= read_bytes(step)
+            self._held -= read_bytes(job)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -97,14 +97,14 @@ class Prefetch:
             self._changed.notify_all()
         self._thread.join()
 
-    def _fetch_all(self) -> None:
-        with ThreadPoolExecutor(2, thread_name_prefix="lox-read") as sides:
+    def _fetch_jobs(self) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix="lox-read") as sides:
             try:
-                for step in self._steps:
-                    self._admit(read_bytes(step))
-                    infos = [step.aligned, *([step.base] if step.base else [])]
-                    for side in [sides.submit(self._fetch, info) for info in infos]:
-                        side.result()
+                for job in self._jobs:
+                    self._admit(read_bytes(job))
+                    other = sides.submit(self._fetch_all, [step.base for step in job if step.base])
+                    self._fetch_all([step.aligned for step in job])
+                    other.result()
                     self._fetched()
             except BaseException as problem:  # handed to whoever waits for the step
                 self._failed(problem)
@@ -114,8 +114,12 @@ class Prefetch:
             self._changed.wait_for(lambda: self._closed or self._held == 0 or self._held + n_bytes <= self._window)
             self._held += n_bytes
 
-    def _fetch(self, info: TensorInfo) -> None:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(info.n_bytes, 1))))
+    def _fetch_all(self, infos: Sequence[TensorInfo]) -> None:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        for info in infos:
+            self._fetch(info, buffer)
+
+    def _fetch(self, info: TensorInfo, buffer: memoryview) -> None:
         with _open(info.path) as fd:
             _check_size(fd, info)
             done = 0
@@ -135,9 +139,9 @@ class Prefetch:
                 done += got
 
 
-def read_bytes(step: Step) -> int:
-    """Bytes of input that a step reads, of both sides."""
-    return step.aligned.n_bytes + (step.base.n_bytes if step.base else 0)
+def read_bytes(steps: Sequence[Step]) -> int:
+    """Bytes of input that steps read, of both sides."""
+    return sum(step.aligned.n_bytes + (step.base.n_bytes if step.base else 0) for step in steps)
 
 
 @contextmanager

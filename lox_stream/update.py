@@ -1,41 +1,44 @@
-"""One matrix from (W1, W0) to its extrapolated tiles and facts. Knows no file: tiles leave through `emit`."""
+"""Matrices from (W1, W0) to their extrapolated tiles and facts. Knows no file: tiles leave through `emit`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lox_stream.delta import Delta, NotFinite, first_not_finite, largest_entry, power_of_two
+from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator, power_of_two
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
 from lox_stream.options import Options
-from lox_stream.svd import TruncatedSVD, relative, truncated_svd
+from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
-SAMPLE = 1 << 14
+SAMPLED_RUNS, SAMPLED_RUN = 128, 64  # of consecutive elements
 LOWEST_EXPONENT = 1100  # below those of all float64 numbers
 MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean |x| / rms x
 RELATIVE_CAP = 5e-4  # relative error of the rank-k part that 16-bit outputs may have, however coarse their grid: an
 # element where W1 is near zero has a fine grid of its own, and six deviations of this are within one step of it
+UNDER_UPDATE = 3.0  # flips where |W1| is below the update's rms, against those at its grid: the update may be small too
 WIDE_TOLERANCE = 1e-5  # relative error of the rank-k part, for float32 and float64 outputs
+ROUNDED = (torch.bfloat16, torch.float16)  # outputs whose elements are compared one by one
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 Emit = Callable[[int, Tensor], None]  # emit(index of the tile's first element in the matrix, tile)
+Block = Callable[[slice, slice, Tensor, int], Retained]  # block(rows, columns, out, index in the tensor of the first)
 
 
 class Sample:
     """Some elements of W1 and delta at fixed places: sizes, and how coarse the output's grid is where they lie."""
 
     def __init__(self, w1: Tensor, w0: Tensor) -> None:
-        stride = max(1, w1.numel() // SAMPLE) | 1
-        some = w1.reshape(-1)[::stride].double()
-        delta = some - w0.reshape(-1)[::stride].double()
-        self.delta_rms = float(delta.square().mean().sqrt())
-        self.weight_norm = float(some.square().mean().sqrt()) * math.sqrt(w1.numel())
+        wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
+        some = _some(w1).to(wide)
+        delta = some - _some(w0).to(wide)
+        self.delta_rms = _norm(delta) / math.sqrt(delta.numel())
+        self.weight_norm = _norm(some) * math.sqrt(w1.numel() / some.numel())
         finfo = torch.finfo(w1.dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
         exponents = torch.where(some == 0, 0, torch.frexp(some)[1] + LOWEST_EXPONENT).clamp_(0)
@@ -48,13 +51,30 @@ class Sample:
         """Predicted share of output elements that `error_rms` moves to another value.
 
         An error e flips an element with probability |e| / ulp, ulp being the spacing of the output's dtype at
-        max(|W1|, update); e is taken as normal and independent of W1. The second term is what float32 arithmetic
-        alone does, for a float64 oracle as well.
+        max(|W1|, update), finer below that (UNDER_UPDATE); e is taken as normal and independent of W1. The second term
+        is what float32 arithmetic alone does, for a float64 oracle as well.
         """
-        lowest = math.frexp(max(update_rms, self._tiny))[1]
+        finest = math.frexp(self._tiny)[1]
+        lowest = max(math.frexp(update_rms)[1], finest)
+        finer = min(UNDER_UPDATE, 1 + 0.4 * (lowest - finest))  # 0.4 for each binade below, down to the subnormals
         error = MEAN_OF_NORMAL * error_rms / self._eps
-        flips: float = sum(part * min(1.0, error * 2.0 ** (1 - max(e, lowest))) for e, part in self._exponents)
+        flips: float = sum(
+            part * min(1.0, error * 2.0 ** (1 - max(e, lowest)) * (1.0 if e >= lowest else finer))
+            for e, part in self._exponents
+        )
         return flips + 0.5 * FLOAT32_EPS / self._eps
+
+
+def _some(weight: Tensor) -> Tensor:
+    """Short runs at even distances: an element here and there would cost a page fault and a line of the cache each."""
+    flat = weight.reshape(-1)
+    runs = min(SAMPLED_RUNS, -(-flat.numel() // SAMPLED_RUN))
+    length = min(SAMPLED_RUN, flat.numel() // runs)
+    return flat.as_strided((runs, length), (flat.numel() // runs, 1)).reshape(-1)
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,49 +88,123 @@ class Setting:
     first: int = 0  # index in the tensor of the matrix's first element
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix to extrapolate: its weights (m, n), how, and where its tiles go."""
+
+    w1: Tensor
+    w0: Tensor
+    setting: Setting
+    emit: Emit
+
+
 def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run: Run) -> MatrixFacts:
     """W1 + alpha * Proj_k(W1 - W0) of two (m, n) weights, tile by tile into `emit`, in the dtype of W1.
 
     If delta is zero nothing is emitted (`method="zero"`): the output is W1. Raises NotFinite, before anything is
     emitted where the solver finds it, and after it where only the result overflows the dtype.
     """
+    (outcome,) = extrapolate_matrices([Matrix(w1, w0, setting, emit)], run)
+    if isinstance(outcome, NotFinite):
+        raise outcome
+    return outcome
+
+
+def extrapolate_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | NotFinite]:
+    """`extrapolate_matrix` of several of one shape and rank, solved together; each has the bits that it has alone."""
+    begun = [_begin(matrix, run) for matrix in matrices]
+    try:
+        solved = iter(_solve([one for one in begun if isinstance(one, _Unsolved)]))
+    except NotFinite as problem:
+        if len(matrices) > 1:
+            return [extrapolate_matrices([matrix], run)[0] for matrix in matrices]
+        return [problem]
+    ready = [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
+    finished = iter(_finish([one for one in ready if isinstance(one, _Solved)], run))
+    return [next(finished) if isinstance(one, _Solved) else one for one in ready]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsolved:
+    matrix: Matrix
+    sample: Sample
+    op: Delta | KeptDelta
+
+    def enough(self, error: float, part: float) -> bool:
+        """Whether the output would be within the tolerance."""
+        dtype, options = self.matrix.w1.dtype, self.matrix.setting.options
+        if dtype not in ROUNDED:
+            return error <= WIDE_TOLERANCE * part
+        if error > RELATIVE_CAP * part:
+            return False
+        per_element = abs(options.alpha) / self.op.scale / math.sqrt(self.matrix.w1.numel())
+        return self.sample.share(error * per_element, part * per_element) <= options.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    matrix: Matrix
+    sample: Sample
+    found: TruncatedSVD
+    scale: float  # of found: the rank-k part is that of delta * scale
+    method: str
+
+
+def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | _Solved | _Unsolved:
+    """What is done at once, or the operator to solve."""
+    w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
     sample = Sample(w1, w0)
-    if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
-        return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
-    if setting.rank == 0 or setting.rank >= min(w1.shape):
-        return _full_rank(w1, w0, sample, setting, emit, run)
-    found, scale, method = _solve(w1, w0, sample, setting, run)
-    if not len(found.s):
-        return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", passes=found.passes)
+    try:
+        if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
+            return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
+        if setting.rank == 0 or setting.rank >= min(w1.shape):
+            return _full_rank(matrix, sample, run)
+        if setting.options.svd == "exact":
+            scale = power_of_two(largest_entry(w1, w0, run))
+            return _Solved(matrix, sample, exact_svd(w1, w0, setting.rank, scale), scale, "exact")
+        return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
+    except NotFinite as problem:
+        return problem
+
+
+def _solve(unsolved: Sequence[_Unsolved]) -> list[_Solved]:
+    if not unsolved:
+        return []
+    found = truncated_svds(
+        [one.op for one in unsolved],
+        unsolved[0].matrix.setting.rank,
+        generators=[torch.Generator().manual_seed(one.matrix.setting.seed) for one in unsolved],
+        enough=[one.enough for one in unsolved],
+    )
+    return [
+        _Solved(one.matrix, one.sample, transposed(svd) if one.op.turned else svd, one.op.scale, "krylov")
+        for one, svd in zip(unsolved, found, strict=True)
+    ]
+
+
+def _finish(solved: Sequence[_Solved], run: Run) -> list[MatrixFacts | NotFinite]:
+    """Emit the updates of those that have one."""
+    real = [one for one in solved if len(one.found.s)]
+    kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
+    return [
+        _facts(one, next(kept))
+        if len(one.found.s)
+        else MatrixFacts(0.0, one.sample.weight_norm, 0.0, None, "zero", passes=one.found.passes)
+        for one in solved
+    ]
+
+
+def _update_of(one: _Solved) -> Block:
+    """Computes a block of W1 + alpha * U diag(S) Vh."""
+    w1, setting, found = one.matrix.w1, one.matrix.setting, one.found
     wide = torch.float64 if w1.dtype == torch.float64 else torch.float32
-    us = (found.u.double() * (found.s.double() * (setting.options.alpha / scale))).to(wide)
+    us = (found.u.double() * (found.s.double() * (setting.options.alpha / one.scale))).to(wide)
     vh = found.vh.to(wide)
 
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
         return lowrank_update(w1[band, part], us[band], vh[:, part], out, key=setting.key, first=first)
 
-    kept = _emit_tiles(w1, block, setting, emit, run)
-    return _facts(found, scale, method, sample, setting, kept, w1)
-
-
-def _solve(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, run: Run) -> tuple[TruncatedSVD, float, str]:
-    """The rank-k part of delta * scale."""
-    if setting.options.svd == "exact":
-        scale = power_of_two(largest_entry(w1, w0, run))
-        return exact_svd(w1, w0, setting.rank, scale), scale, "exact"
-    op = Delta(w1, w0, run, rms=sample.delta_rms)
-    alpha, size = abs(setting.options.alpha), math.sqrt(w1.numel())
-
-    def enough(error: float, part: float) -> bool:
-        if error > RELATIVE_CAP * part:
-            return False
-        per_element = alpha / op.scale / size
-        return sample.share(error * per_element, part * per_element) <= setting.options.tolerance
-
-    generator = torch.Generator().manual_seed(setting.seed)
-    rounds = w1.dtype in (torch.bfloat16, torch.float16)
-    found = truncated_svd(op, setting.rank, generator=generator, enough=enough if rounds else relative(WIDE_TOLERANCE))
-    return found, op.scale, "krylov"
+    return block
 
 
 def exact_svd(w1: Tensor, w0: Tensor, rank: int, scale: float = 1.0) -> TruncatedSVD:
@@ -141,13 +235,14 @@ def exact_svd(w1: Tensor, w0: Tensor, rank: int, scale: float = 1.0) -> Truncate
     )
 
 
-def _full_rank(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, emit: Emit, run: Run) -> MatrixFacts:
+def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
+    w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
     alpha = setting.options.alpha
 
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
         return fullrank_update(w1[band, part], w0[band, part], alpha, out, key=setting.key, first=first)
 
-    kept = _emit_tiles(w1, block, setting, emit, run)
+    (kept,) = _emit_tiles([matrix], [block], run)
     if not kept.finite:
         raise NotFinite(first_not_finite(w1, w0))
     norm = math.sqrt(kept.square)
@@ -161,31 +256,29 @@ def _full_rank(w1: Tensor, w0: Tensor, sample: Sample, setting: Setting, emit: E
     )
 
 
-def _emit_tiles(
-    w1: Tensor,
-    block: Callable[[slice, slice, Tensor, int], Retained],
-    setting: Setting,
-    emit: Emit,
-    run: Run,
-) -> Retained:
-    """Compute the output in tiles of consecutive elements and hand each to `emit`; sums in tile order."""
-    m, n = w1.shape
+def _emit_tiles(matrices: Sequence[Matrix], blocks: Sequence[Block], run: Run) -> list[Retained]:
+    """Compute the outputs of matrices of one shape in tiles of consecutive elements, and emit each; sums in order."""
+    if not matrices:
+        return []
+    m, n = matrices[0].w1.shape
     columns = min(n, TILE_ELEMENTS)
     rows = max(1, TILE_ELEMENTS // columns)
     parts = -(-n // columns)
-    kept: list[Retained] = [Retained(0.0, 0.0)] * (-(-m // rows) * parts)
+    count = -(-m // rows) * parts
+    kept = [[Retained(0.0, 0.0)] * count for _ in matrices]
 
     def task(i: int) -> None:
-        top, left = (i // parts) * rows, (i % parts) * columns
+        which, tile = divmod(i, count)
+        top, left = (tile // parts) * rows, (tile % parts) * columns
         band, part = slice(top, min(top + rows, m)), slice(left, min(left + columns, n))
-        shape = torch.Size((band.stop - band.start, part.stop - part.start))
-        out = scratch(3, shape, w1.dtype)
+        matrix = matrices[which]
+        out = scratch(3, torch.Size((band.stop - band.start, part.stop - part.start)), matrix.w1.dtype)
         first = top * n + left
-        kept[i] = block(band, part, out, setting.first + first)
-        emit(first, out)
+        kept[which][tile] = blocks[which](band, part, out, matrix.setting.first + first)
+        matrix.emit(first, out)
 
-    run(task, len(kept))
-    return Retained(sum(k.dot for k in kept), sum(k.square for k in kept), all(k.finite for k in kept))
+    run(task, len(matrices) * count)
+    return [Retained(sum(k.dot for k in of), sum(k.square for k in of), all(k.finite for k in of)) for of in kept]
 
 
 def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
@@ -201,25 +294,22 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
     return all(same)
 
 
-def _facts(
-    found: TruncatedSVD, scale: float, method: str, sample: Sample, setting: Setting, kept: Retained, w1: Tensor
-) -> MatrixFacts:
+def _facts(one: _Solved, kept: Retained) -> MatrixFacts | NotFinite:
+    found, scale, sample, w1 = one.found, one.scale, one.sample, one.matrix.w1
     if not kept.finite:
-        raise NotFinite(f"the extrapolated weight is beyond the range of {str(w1.dtype).removeprefix('torch.')}")
-    alpha = setting.options.alpha
-    values = [float(s) / scale for s in found.s]
+        return NotFinite(f"the extrapolated weight is beyond the range of {str(w1.dtype).removeprefix('torch.')}")
+    alpha = abs(one.matrix.setting.options.alpha)
     squares = float(found.s.double().square().sum())
     part = math.sqrt(squares) / scale
-    rounds = w1.dtype in (torch.bfloat16, torch.float16)
     size = math.sqrt(w1.numel())
     error = found.error / scale
     return MatrixFacts(
         delta_norm=math.sqrt(found.squared_norm) / scale,
         weight_norm=sample.weight_norm,
-        update_norm=abs(alpha) * part,
+        update_norm=alpha * part,
         retention=kept.retention,
-        method=method,
-        singular_values=tuple(values),
+        method=one.method,
+        singular_values=tuple(s / scale for s in found.s.tolist()),
         radius=tuple(r / scale for r in found.radius),
         energy=min(1.0, squares / found.squared_norm),
         residual=found.residual,
@@ -227,6 +317,6 @@ def _facts(
         gap=found.gap,
         unique=found.unique,
         predicted_error=error / part,
-        predicted_share=sample.share(abs(alpha) * error / size, abs(alpha) * part / size) if rounds else None,
+        predicted_share=sample.share(alpha * error / size, alpha * part / size) if w1.dtype in ROUNDED else None,
         converged=found.converged,
     )

@@ -25,6 +25,17 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(place, name, poisoning(torch, getattr(place, name)))
 
 
+@pytest.fixture
+def one_thread():
+    """torch as a worker has it, where bits are promised."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def poisoning(torch: Any, allocate: Callable[..., Any]) -> Callable[..., Any]:
     """`allocate` whose tensors arrive full of poison."""
 

@@ -111,9 +111,9 @@ def test_a_stream_holds_no_more_than_its_budget(pair, monkeypatch):
     started = []
     real = pipeline.process
 
-    def process(step, *args):
-        started.append(step.name)
-        return real(step, *args)
+    def process(steps, *args):
+        started.extend(steps)
+        return real(steps, *args)
 
     monkeypatch.setattr(pipeline, "process", process)
     stream = lox_stream.stream(*pair, options=Options(threads=2, memory_bytes=2 * MIB))
@@ -155,11 +155,11 @@ def test_a_run_that_is_cancelled_is_resumed_to_the_same_bytes(pair, reference, t
 def test_an_error_while_computing_leaves_nothing_published_and_is_resumable(pair, reference, tmp_path, monkeypatch):
     out, real, calls = tmp_path / "out", pipeline.process, []
 
-    def process(step, *args):
-        calls.append(step.name)
+    def process(steps, *args):
+        calls.append(steps)
         if len(calls) == 8:
             raise OSError(5, "Input/output error")
-        return real(step, *args)
+        return real(steps, *args)
 
     monkeypatch.setattr(pipeline, "process", process)
     with pytest.raises((OSError, LoxError)):

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from lox_stream.kernels import cpu, delta_matmul, delta_rmatmul, fullrank_update, key_of, lowrank_update, tiling
+from lox_stream.kernels import (
+    cpu,
+    delta_matmul,
+    delta_normal,
+    delta_rmatmul,
+    fullrank_update,
+    key_of,
+    lowrank_update,
+    tiling,
+)
 from lox_stream.kernels.random_words import words16
 
 EPS = torch.finfo(torch.float32).eps
@@ -57,6 +66,18 @@ def test_products_agree_with_float64(shape, dtype):
         assert math.fsum(sums) == pytest.approx(float(delta.square().sum()), rel=20 * EPS)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] <= cpu.WIDE])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_products_of_one_pass_agree_with_float64(shape, dtype):
+    w1, w0 = pair(*shape, dtype)
+    delta = (w1.double() - w0.double()) * 4
+    x = torch.randn(shape[1], 5)
+    y, z = delta_normal(w1, w0, x, scale=4.0)
+    assert y.dtype == z.dtype == torch.float32
+    assert ((y.double() - delta @ x.double()).abs() <= bound(delta, x.double())).all()
+    assert ((z.double() - delta.T @ y.double()).abs() <= bound(delta.T, y.double())).all()
+
+
 def test_mixed_dtypes_are_widened_before_the_difference():
     w1, w0 = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), torch.tensor([[1.0 + 2**-20, 2.0]], dtype=torch.float32)
     assert delta_matmul(w1, w0, torch.eye(2)).tolist() == [[-(2**-20), 0.0]]
@@ -70,6 +91,9 @@ def test_the_order_of_the_tasks_changes_no_bit(shape):
     x, y = torch.randn(shape[1], 4), torch.randn(shape[0], 4)
     assert torch.equal(delta_matmul(w1, w0, x), delta_matmul(w1, w0, x, run=shuffled))
     assert torch.equal(delta_rmatmul(w1, w0, y), delta_rmatmul(w1, w0, y, run=shuffled))
+    if shape[1] <= cpu.WIDE:
+        pairs = zip(delta_normal(w1, w0, x), delta_normal(w1, w0, x, run=shuffled), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_a_backward_product_keeps_few_partial_sums():

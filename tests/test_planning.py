@@ -138,9 +138,7 @@ def test_a_companion_that_cannot_be_copied_is_a_problem_of_aligned_only(pair, tm
 
 
 def test_what_exceeds_the_memory_budget_is_refused_with_the_budget_that_would_do(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        costs, "step_bytes", lambda m, n, rank, svd, dtype: m * n * (100 if svd == "exact" else 1) << 20
-    )
+    monkeypatch.setattr(costs, "step_bytes", lambda m, n, rank, svd: m * n * (100 if svd == "exact" else 1) << 20)
     options = Options(rank=2, svd="exact", memory_bytes=1000 << 20)
     text = raised_by(errors.MemoryBudgetError, *pair, tmp_path / "out", options=options)
     assert text.startswith("a: needs ")

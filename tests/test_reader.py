@@ -68,9 +68,9 @@ def test_a_map_shows_the_tensors_bytes_wherever_they_start(steps):
 
 def test_reading_ahead_stops_at_the_window(steps):
     log = Log()
-    reading = Prefetch(steps, 2 * 4000, log.on_fetched, log.on_failed)
+    reading = Prefetch([[step] for step in steps], 2 * 4000, log.on_fetched, log.on_failed)
     log.wait(lambda: log.fetched == 2)
-    reading.release(steps[0])
+    reading.release([steps[0]])
     log.wait(lambda: log.fetched == 3)
     reading.close()
     assert log.fetched == 3
@@ -78,17 +78,27 @@ def test_reading_ahead_stops_at_the_window(steps):
 
 def test_a_tensor_larger_than_the_window_is_read_alone(steps):
     log = Log()
-    reading = Prefetch(steps, 10, log.on_fetched, log.on_failed)
+    reading = Prefetch([[step] for step in steps], 10, log.on_fetched, log.on_failed)
     for i, step in enumerate(steps):
         log.wait(lambda i=i: log.fetched == i + 1)
-        reading.release(step)
+        reading.release([step])
+    reading.close()
+    assert log.error is None
+
+
+def test_a_job_of_several_tensors_is_fetched_and_released_as_one(steps):
+    log = Log()
+    reading = Prefetch([steps[:2], steps[2:3]], 2 * 4000, log.on_fetched, log.on_failed)
+    log.wait(lambda: log.fetched == 1)
+    reading.release(steps[:2])
+    log.wait(lambda: log.fetched == 2)
     reading.close()
     assert log.error is None
 
 
 def test_closing_ends_a_reader_that_waits_for_room(steps):
     log = Log()
-    reading = Prefetch(steps, 10, log.on_fetched, log.on_failed)
+    reading = Prefetch([[step] for step in steps], 10, log.on_fetched, log.on_failed)
     log.wait(lambda: log.fetched == 1)
     reading.close()
     assert isinstance(log.error, Cancelled)
@@ -98,7 +108,7 @@ def test_a_file_that_was_cut_is_an_error_that_tells_both_sizes(steps):
     path = steps[0].aligned.path
     os.truncate(path, path.stat().st_size - 100)
     log = Log()
-    reading = Prefetch(steps, 1 << 20, log.on_fetched, log.on_failed)
+    reading = Prefetch([[step] for step in steps], 1 << 20, log.on_fetched, log.on_failed)
     log.wait(lambda: log.error is not None)
     reading.close()
     assert isinstance(log.error, DataError)
@@ -120,7 +130,7 @@ def test_an_error_of_the_disk_names_tensor_file_and_byte(steps, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", preadv)
     log = Log()
-    reading = Prefetch(steps, 1 << 20, log.on_fetched, log.on_failed)
+    reading = Prefetch([[step] for step in steps], 1 << 20, log.on_fetched, log.on_failed)
     log.wait(lambda: log.error is not None)
     reading.close()
     assert isinstance(log.error, DataError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -10,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lox_stream.delta import Delta, NotFinite
+from lox_stream.delta import Delta, KeptDelta, NotFinite
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import in_order
 from lox_stream.options import Options
 from lox_stream.synthetic import matrix, pair_of, power_law
-from lox_stream.update import Sample, Setting, extrapolate_matrix
+from lox_stream.update import Matrix, Sample, Setting, extrapolate_matrices, extrapolate_matrix
 
 SPEC = importlib.util.spec_from_file_location("lox_oracle", Path(__file__).parents[1] / "benchmarks" / "oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
@@ -23,13 +24,7 @@ sys.modules[SPEC.name] = oracle
 SPEC.loader.exec_module(oracle)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed=0):
@@ -192,13 +187,50 @@ def test_a_tolerance_that_no_float32_program_reaches_is_reported():
     assert not facts.converged or facts.predicted_share <= 1e-9
 
 
-def test_the_operator_takes_the_norm_on_its_way_and_counts_passes():
-    w0, w1 = pair_of(60, 50, generator())
-    op = Delta(w1, w0, in_order)
-    op.matmul(torch.randn(50, 3))
-    op.rmatmul(torch.randn(60, 3))
-    assert op.squared_norm() == pytest.approx(float((w1.double() - w0.double()).square().sum()), rel=1e-6)
-    assert op.passes == 2
+@pytest.mark.parametrize("kind", [Delta, KeptDelta])
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60), (3, 40_000)])
+def test_an_operator_multiplies_by_the_difference_and_knows_its_norm(kind, shape):
+    w0, w1 = pair_of(*shape, generator())
+    op = kind(w1, w0, in_order)
+    delta = w1.double() - w0.double()
+    delta = delta.T if op.turned else delta
+    assert op.turned == (kind is KeptDelta and shape[0] < shape[1])
+    assert op.shape == tuple(delta.shape)
+    y, x = torch.randn(op.shape[0], 3), torch.randn(op.shape[1], 3)
+    close = {"rtol": 1e-4, "atol": 1e-5 * float(delta.norm())}
+    assert torch.allclose(op.rmatmul(y).double(), delta.T @ y.double(), **close)
+    assert torch.allclose(op.matmul(x).double(), delta @ x.double(), **close)
+    image, back = op.normal(x)
+    assert torch.allclose(image.double(), delta @ x.double(), **close)
+    assert torch.allclose(back.double(), delta.T @ image.double(), **close)
+    assert op.squared_norm() == pytest.approx(float(delta.square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (80, 96), (1100, 1000)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrices_have_the_bits_that_they_have_alone(shape, dtype):
+    """Beside others, one that is identical in both models, and one with a NaN, which does not hurt them."""
+    pairs = [pair_of(*shape, generator(i), dtype=dtype) for i in range(5)]
+    pairs[1] = (pairs[1][0], pairs[1][0].clone())
+    pairs[3][1][2, 3] = math.nan
+    outs = [torch.full_like(w1, math.nan).view(-1) for _, w1 in pairs]
+
+    def emit(first, tile, out):
+        out[first : first + tile.numel()] = tile.reshape(-1)
+
+    matrices = [
+        Matrix(w1, w0, Setting(Options(), 6, seed), functools.partial(emit, out=out))
+        for seed, ((w0, w1), out) in enumerate(zip(pairs, outs, strict=True))
+    ]
+    outcomes = extrapolate_matrices(matrices, in_order)
+    assert outcomes[1].method == "zero"
+    assert isinstance(outcomes[3], NotFinite)
+    assert "aligned has nan at [2, 3]" in str(outcomes[3])
+    for seed in (0, 2, 4):
+        w0, w1 = pairs[seed]
+        alone, facts = extrapolated(w1, w0, seed=seed)
+        assert torch.equal(outs[seed].view(shape), alone)
+        assert facts == outcomes[seed]
 
 
 def test_rank_one_and_low_rank_deltas():

@@ -1,0 +1,128 @@
+"""How far an iterated rank-k part still is from the true one: what is bounded, what is estimated, when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lox_stream.bases import DEFLATION, EPS
+
+ROUNDING = 4 * EPS  # what float32 products leave in a triplet, as a share of s_1
+NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
+
+Enough = Callable[[float, float], bool]  # enough(predicted |E|_F, |rank-k part|_F)
+
+
+class Watch:
+    """Follows the rank-k part from look to look and predicts how far it still is from the true one."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.norm = 0.0  # running estimate of |A|_2, from below
+        self.steps: list[float] = []  # |B - earlier B|_F, a look apart
+        self.s: list[float] = []
+        self.radius: list[float] = []
+        self.next = self.next_radius = 0.0  # of s_(k+1)
+        self.squared_norm = 0.0
+        self.missed = 0.0  # |A - A P P'|_F
+        self.exhausted = self.halved = False
+
+    def look(self, step: float, trace: float, s: list[float], shares: list[float], squared_norm: float) -> None:
+        """`step` is |B - earlier B|_F^2, `trace` |A P|_F^2, `shares` the newest images' part of each s u."""
+        values = [value for value in s if value > 0]
+        self.steps.append(math.sqrt(max(step, 0.0)))
+        self.norm = values[0] if values else 0.0
+        self.missed = math.sqrt(max(squared_norm - trace, 0.0))
+        radius = [
+            share / value * self.missed + self._rounding(value) for value, share in zip(values, shares, strict=False)
+        ]
+        k = self.rank
+        self.s, self.radius = values[:k], radius[:k]
+        self.next, self.next_radius = (values[k], radius[k]) if len(values) > k else (0.0, 0.0)
+        self.squared_norm = squared_norm
+
+    def _rounding(self, value: float) -> float:
+        """What float32, and the directions that were dropped, leave in the residual of a value."""
+        return ROUNDING * self.norm + DEFLATION * self.norm**2 / value
+
+    def exhaust(self) -> None:
+        """The space is invariant: the last look saw the matrix itself, up to rounding."""
+        self.exhausted = True
+        self.radius, self.next_radius = [self._rounding(value) for value in self.s], 0.0
+
+    def half_step(self, t: list[float], rest: float) -> None:
+        """The values of U'A, and |A'U - V S|_F.
+
+        A' u = t v then, and |A v - t u| = |A A' u - t^2 u| / t is at most |A|_2 times the rest over t.
+        """
+        self.halved = True
+        largest = math.hypot(self.norm, self.missed)
+        self.s, self.radius = t, [largest * rest / value + self._rounding(value) for value in t]
+
+    @property
+    def part(self) -> float:
+        return math.hypot(*self.s)
+
+    @property
+    def error(self) -> float:
+        """Estimate of |E|_F now: the last step, carried on as a series at the slowest rate seen lately.
+
+        The steps to come add up to d * r / (1 - r) if they all point one way and to d * r / sqrt(1 - r^2) if each is
+        orthogonal to the others. Measured over ten spectra (tests/test_svd.py), the truth lies between;
+        d * r / sqrt(1 - r) is within a factor of three of it, and errs upwards where convergence is fast.
+        """
+        return math.hypot(self._to_come, self._floor)
+
+    @property
+    def _rate(self) -> float:
+        """By which a step is shorter than the one before it."""
+        d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
+        return min(max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else 1.0, 0.999)
+
+    @property
+    def _to_come(self) -> float:
+        """What further products would change."""
+        if self.exhausted or not self.steps or self.steps[-1] == 0.0:
+            return 0.0
+        to_come = self.steps[-1] * self._rate / math.sqrt(1 - self._rate)
+        return to_come * math.sqrt(self._rate) if self.halved else to_come
+
+    @property
+    def _floor(self) -> float:
+        """What they would not: float32 rounding, which turns the k-th direction the more the smaller the gap is."""
+        return ROUNDING * self.part + 0.25 * EPS * self.norm / max(self.gap, NO_GAP)
+
+    @property
+    def _last(self) -> float:
+        """s_k, zero where fewer than k values are above rounding."""
+        return self.s[-1] if len(self.s) == self.rank else 0.0
+
+    @property
+    def gap(self) -> float:
+        return (self._last - self.next) / self._last if self._last > 0 else 1.0
+
+    @property
+    def unique(self) -> bool:
+        """False when the k-th and the next value are both settled and equal."""
+        if self._last <= DEFLATION * self.norm or self.gap > NO_GAP:
+            return True
+        return max(self.radius[-1], self.next_radius) > 0.01 * self._last
+
+    def converged(self, enough: Enough) -> bool:
+        return enough(self.error, self.part) or not self.unique
+
+    def settled(self, enough: Enough) -> bool:
+        """Converged, or as near to it as float32 comes; three looks at least, for two steps make a rate."""
+        return len(self.steps) > 2 and (self.converged(enough) or self._to_come < 0.5 * self._floor)
+
+    def half_way(self, enough: Enough) -> bool:
+        """Whether half a step from here is enough."""
+        half = self._to_come * math.sqrt(self._rate)
+        return len(self.steps) > 2 and enough(math.hypot(half, self._floor), self.part)
+
+    def one_to_go(self, enough: Enough) -> bool:
+        """Whether the next look will probably be the last."""
+        if len(self.steps) < 2:
+            return False
+        ahead = self._to_come * self._rate
+        return ahead < 0.5 * self._floor or enough(math.hypot(ahead, self._floor), self.part)

@@ -1,0 +1,51 @@
+"""What a solver asks of a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+Normal = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Operator(Protocol):
+    """A matrix (m, n) that can be multiplied. All tensors are float32.
+
+    It may have a method `normal(x)` that gives y = A @ x and A.T @ y, (n, l) -> (m, l) and (n, l), in one pass.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """A @ x: (n, l) -> (m, l)."""
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """A.T @ y: (m, l) -> (n, l)."""
+
+    def squared_norm(self) -> float:
+        """|A|_F^2. Asked for after the first product, so that it can be taken on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """A.T of an operator."""
+
+    op: Operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.op.shape
+        return n, m
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.op.rmatmul(x)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.op.matmul(y)
+
+    def squared_norm(self) -> float:
+        return self.op.squared_norm()
