@@ -5,7 +5,7 @@ from __future__ import annotations
 TILE_ELEMENTS = 1 << 19  # a tile in float32 is 2 MiB: two of them and the factors stay in a core's cache
 BASIS_COLUMNS = 512
 KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once and kept
-MOST_TOGETHER = 8  # 135M on 2 threads: 1.77 s alone, 1.55 s by twos to sixes, 1.30 s by eights, 1.27 s by sixteens
+MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 
 
 def block_width(rank: int) -> int:
@@ -47,7 +47,7 @@ def together(m: int, n: int, rank: int, memory_bytes: int) -> int:
     """How many matrices of a shape are solved at once: small ones, whose steps are less work than the calls for them.
 
     >>> [together(m, n, 6, 4 << 30) for m, n in ((192, 576), (1536, 576), (4096, 4096))]
-    [8, 8, 1]
+    [16, 16, 1]
     """
     if m * n > KEPT_ELEMENTS:
         return 1

@@ -28,7 +28,8 @@ from lox_stream.workers import Workers
 
 TICK_S = 0.1
 WINDOW_BYTES = 2 << 30  # input that waits in the page cache, at most
-SPAN_BYTES = 32 << 20  # of aligned, from the first to the last step of a job
+SPAN_BYTES = 64 << 20  # of aligned, from the first to the last step of a job
+FIRST = 8  # jobs that may change places
 
 Job = tuple[int, ...]  # indices of the steps that are carried out together
 
@@ -86,6 +87,8 @@ def compute(
     threads = thread_count(options)
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     jobs = jobs_of(steps, options)
+    if not in_order:
+        jobs = smallest_first(jobs, steps)
     admission = _Admission(steps, jobs, options, threads, held_bytes)
     parked: dict[int, Finished] = {}
     with Workers(threads, stop) as workers:
@@ -145,6 +148,11 @@ def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
             latest[shape] = len(jobs)
             jobs.append([index])
     return [tuple(job) for job in jobs]
+
+
+def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:
+    """The first few jobs by their bytes, so that there is work while the first large tensor is read."""
+    return [*sorted(jobs[:FIRST], key=lambda job: sum(steps[index].aligned.n_bytes for index in job)), *jobs[FIRST:]]
 
 
 def _together(step: Step, options: Options) -> int:

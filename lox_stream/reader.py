@@ -5,6 +5,8 @@ The mapped pages belong to the page cache, not to this process, and are given ba
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
 import threading
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lox_stream.checkpoint import TensorInfo
@@ -47,8 +50,7 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
 
     Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them.
     """
-    page = mmap.ALLOCATIONGRANULARITY
-    start = info.start - info.start % page
+    start = _page(info.start)
     with _open(info.path) as fd:
         _check_size(fd, info)
         access = mmap.PROT_READ | mmap.PROT_WRITE  # copy on write: torch warns of memory that cannot be written
@@ -63,6 +65,8 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
 
 class Prefetch:
     """Reads the bytes of the jobs to come into the page cache, base and aligned side by side, in order.
+
+    What lies there already is left alone: to read it again would cost a copy.
 
     At most `window_bytes` are fetched and not yet released; a larger job is fetched alone. After each job `fetched()`
     is called, or once `failed(error)`; both from a thread of this class.
@@ -112,6 +116,8 @@ class Prefetch:
     def _admit(self, n_bytes: int) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._held == 0 or self._held + n_bytes <= self._window)
+            if self._closed:
+                raise Cancelled("stopped on request")
             self._held += n_bytes
 
     def _fetch_all(self, infos: Sequence[TensorInfo]) -> None:
@@ -122,7 +128,7 @@ class Prefetch:
     def _fetch(self, info: TensorInfo, buffer: memoryview) -> None:
         with _open(info.path) as fd:
             _check_size(fd, info)
-            done = 0
+            done = info.n_bytes if _resident(fd, info) else 0
             while done < info.n_bytes:
                 if self._closed:
                     raise Cancelled("stopped on request")
@@ -142,6 +148,31 @@ class Prefetch:
 def read_bytes(steps: Sequence[Step]) -> int:
     """Bytes of input that steps read, of both sides."""
     return sum(step.aligned.n_bytes + (step.base.n_bytes if step.base else 0) for step in steps)
+
+
+def _resident(fd: int, info: TensorInfo) -> bool:
+    """Whether the page cache holds all of the tensor already; False where the system does not tell."""
+    mincore = _mincore()
+    if mincore is None or info.n_bytes == 0:
+        return False
+    start = _page(info.start)
+    size = info.start + info.n_bytes - start
+    states = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
+    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start) as view:
+        first = ctypes.c_ubyte.from_buffer(view)
+        failed = mincore(ctypes.byref(first), ctypes.c_size_t(size), ctypes.c_void_p(states.ctypes.data))
+        del first  # or the map could not be closed
+    return not failed and bool((states & 1).all())
+
+
+def _page(offset: int) -> int:
+    """The last offset before this one at which a map may begin."""
+    return offset - offset % mmap.ALLOCATIONGRANULARITY
+
+
+@functools.cache
+def _mincore() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), "mincore", None)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lox_stream import Options, plan
-from lox_stream.pipeline import SPAN_BYTES, Finished, compute, jobs_of
+from lox_stream.pipeline import SPAN_BYTES, Finished, compute, jobs_of, smallest_first
 from lox_stream.synthetic import llama_shapes, write_pair
 
 MIB = 1 << 20
@@ -52,6 +52,16 @@ def test_every_step_is_in_one_job_and_jobs_are_in_the_order_of_their_first(pair,
         )
     together = max(len(job) for job in jobs)
     assert together == 1 if memory_bytes == 1 else together > 4
+
+
+def test_the_work_begins_with_the_smallest_of_the_first(pair):
+    steps = plan(*pair).steps
+    jobs = jobs_of(steps, Options(memory_bytes=1))
+    ordered = smallest_first(jobs, steps)
+    sizes = [sum(steps[i].aligned.n_bytes for i in job) for job in ordered]
+    assert sorted(ordered) == sorted(jobs)
+    assert sizes[0] == min(sizes[:8]) < max(sizes[:8])
+    assert ordered[8:] == jobs[8:]
 
 
 @pytest.mark.parametrize("options", [Options(rank=0), Options(svd="exact"), Options(rank=64)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lox_stream import reader
 from lox_stream.checkpoint import open_checkpoint
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.matching import Step
@@ -129,6 +130,7 @@ def test_an_error_of_the_disk_names_tensor_file_and_byte(steps, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(reader, "_resident", lambda *args: False)
     log = Log()
     reading = Prefetch([[step] for step in steps], 1 << 20, log.on_fetched, log.on_failed)
     log.wait(lambda: log.error is not None)
@@ -136,6 +138,18 @@ def test_an_error_of_the_disk_names_tensor_file_and_byte(steps, monkeypatch):
     assert isinstance(log.error, DataError)
     assert "t0" in str(log.error)
     assert "--resume" in str(log.error)
+
+
+@linux
+def test_what_the_page_cache_holds_is_not_read_again(steps, monkeypatch):
+    for step in steps:
+        step.aligned.path.read_bytes()
+    monkeypatch.setattr(os, "preadv", lambda *args: pytest.fail("read again"))
+    log = Log()
+    reading = Prefetch([[step] for step in steps], 1 << 20, log.on_fetched, log.on_failed)
+    log.wait(lambda: log.fetched == len(steps))
+    reading.close()
+    assert log.error is None
 
 
 @linux
