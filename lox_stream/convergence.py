@@ -25,6 +25,7 @@ class Watch:
         self.next = self.next_radius = 0.0  # of s_(k+1)
         self.squared_norm = 0.0
         self.missed = 0.0  # |A - A P P'|_F
+        self.noise = 1.0  # condition of the blocks that were multiplied by A'A at once: rounding grows with it
         self.exhausted = self.halved = False
 
     def look(self, step: float, trace: float, s: list[float], shares: list[float], squared_norm: float) -> None:
@@ -43,7 +44,7 @@ class Watch:
 
     def _rounding(self, value: float) -> float:
         """What float32, and the directions that were dropped, leave in the residual of a value."""
-        return ROUNDING * self.norm + DEFLATION * self.norm**2 / value
+        return self.noise * (ROUNDING + DEFLATION * self.norm / value) * self.norm
 
     def exhaust(self) -> None:
         """The space is invariant: the last look saw the matrix itself, up to rounding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TILE_ELEMENTS = 1 << 19  # a tile in float32 is 2 MiB: two of them and the factors stay in a core's cache
 BASIS_COLUMNS = 512
+GRAM_COLUMNS = 4096  # of the images that are in float64 at a time
 KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once and kept
 MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 
@@ -28,13 +29,12 @@ def basis_columns(m: int, n: int, rank: int) -> int:
 
 
 def solver_bytes(m: int, n: int, rank: int) -> int:
-    """Most bytes that the randomized solver holds: the basis and its images, some of them in float64, the blocks
+    """Most bytes that the randomized solver holds: the basis and its images, a part of these in float64, the blocks
     in work, partial sums of a product with the transpose (32 at most), and small matrices."""
     width, columns = block_width(rank), basis_columns(m, n, rank)
-    blocks = (m + n) * width * (4 * 3 + 8 * 2)
-    return (
-        (m + n) * columns * 4 + max(m, n) * (64 + width) * 8 + blocks + 33 * n * width * 4 + 6 * columns * columns * 8
-    )
+    bases = (m + n) * columns * 4 + min(max(m, n), GRAM_COLUMNS) * columns * 8
+    blocks = (m + n) * width * (4 * 3 + 8 * 3)
+    return bases + blocks + 33 * n * width * 4 + 6 * columns * columns * 8
 
 
 def exact_bytes(m: int, n: int) -> int:

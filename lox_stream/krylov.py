@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lox_stream.bases import DEFLATION, normalising, off, orthonormal
 from lox_stream.convergence import Enough, Watch
+from lox_stream.costs import GRAM_COLUMNS
 from lox_stream.operators import Normal, Operator
 
 EVEN = 32.0  # condition of a block's images up to which they are multiplied by A' as they are
-GRAM_COLUMNS = 4096
 
 
 class Run:
@@ -94,8 +94,10 @@ def _first_block(runs: list[Run], width: int, space: Space) -> tuple[Tensor, Ten
 def _backward(
     runs: list[Run], images: Tensor, gram: Tensor, backs: list[Tensor | None], norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A' times orthonormal rows that span the images (c, b, m): rows (c, b, n), the size (c,) that noise in them is a
-    share of, and the matrices (c, b, b) that make the images of those rows.
+    """A' times orthonormal rows that span the images (c, b, m).
+
+    Returns those rows (c, b, n), the size (c,) that noise in them is a share of, and the matrices (c, b, b) that give
+    the images back from the orthonormal rows.
 
     The images are orthonormalised before they are multiplied, or the product would square their condition. Where that
     is small, those that were multiplied as they are (`backs`) do as well, with noise in proportion to it.
@@ -109,6 +111,7 @@ def _backward(
         if back is None:
             rows.append(run.backward((turn[i] @ images[i].double()).float()))
         else:
+            run.watch.noise = max(run.watch.noise, uneven)
             rows.append((turn[i] @ back.double()).float())
     fused = torch.tensor([back is not None and run.normal is not None for run, back in zip(runs, backs, strict=True)])
     return torch.stack(rows), norm * condition.clamp(min=1).where(fused, 1.0), gram @ turn.mT
