@@ -101,6 +101,11 @@ def others_share(wait_s: float = 0.5) -> float:
     return busy / total if total else 0.0
 
 
+def busy_s() -> float:
+    """Seconds that all cores together have worked since boot, for whomever, the kernel's own threads too."""
+    return _core_ticks()[0] / os.sysconf("SC_CLK_TCK")
+
+
 def _core_ticks() -> tuple[int, int]:
     """(busy, all) ticks of all cores since boot; waiting for a disk is not busy, time that a host took away is."""
     try:
