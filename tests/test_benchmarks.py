@@ -59,6 +59,14 @@ def test_the_kernel_benchmark_measures_each_kernel():
         assert all(timing["median_s"] > 0 for timing in timings.values())
 
 
+def test_the_profile_accounts_for_the_whole():
+    ran = smoke("profile_stream.py")
+    assert ran.returncode == 0, ran.stderr
+    record = last_line(ran.stdout)
+    known = sum(timing["median_s"] for timing in record["seconds"].values())
+    assert 0.3 * record["whole"]["median_s"] < known <= record["whole"]["median_s"]
+
+
 @pytest.mark.parametrize("kernel", ["delta_matmul", "delta_rmatmul", "delta_normal"])
 def test_a_wrong_kernel_has_no_speed(monkeypatch, capsys, kernel):
     bench = benchmark("bench_kernels")
