@@ -116,7 +116,7 @@ def test_a_stream_holds_no_more_than_its_budget(pair, monkeypatch):
         return real(steps, *args)
 
     monkeypatch.setattr(pipeline, "process", process)
-    stream = lox_stream.stream(*pair, options=Options(threads=2, memory_bytes=2 * MIB))
+    stream = lox_stream.stream(*pair, options=Options(threads=2, memory_bytes=3 * MIB))
     next(stream)
     assert len(started) <= 4
     stream.close()
