@@ -51,14 +51,15 @@ class Watch:
         self.exhausted = True
         self.radius, self.next_radius = [self._rounding(value) for value in self.s], 0.0
 
-    def half_step(self, t: list[float], rest: float) -> None:
-        """The values of U'A, and |A'U - V S|_F.
+    def half_step(self, t: list[float], rests: list[float]) -> None:
+        """The values of U'A, and the column norms of R = A'U - V S in the new u's coordinates.
 
-        A' u = t v then, and |A v - t u| = |A A' u - t^2 u| / t is at most |A|_2 times the rest over t.
+        A' u = t v then, and A v - t u = (I - U U') A R / t, for R is orthogonal to the basis: at most |A|_2 |R| / t.
         """
         self.halved = True
         largest = math.hypot(self.norm, self.missed)
-        self.s, self.radius = t, [largest * rest / value + self._rounding(value) for value in t]
+        self.s = t
+        self.radius = [largest * rest / value + self._rounding(value) for value, rest in zip(t, rests, strict=True)]
 
     @property
     def part(self) -> float:

@@ -209,7 +209,7 @@ class Space:
         across = (s[:, None] * right + rest).double()
         values, turn = torch.linalg.eigh(across @ across.T)
         t, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1).T
-        run.watch.half_step(t.tolist(), float(torch.linalg.matrix_norm(rest)))
+        run.watch.half_step(t.tolist(), torch.linalg.vector_norm(turn @ rest.double(), dim=1).tolist())
         return (turn @ left.double()).float(), t.float(), (turn / t[:, None] @ across).float()
 
     def leave(self, runs: list[Run], ends: list[bool]) -> tuple[list[Run], list[int]]:
