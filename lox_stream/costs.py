@@ -43,15 +43,18 @@ def exact_bytes(m: int, n: int) -> int:
     return 8 * (2 * m * n + (m + n) * short + 8 * short * short)
 
 
-def together(m: int, n: int, rank: int, memory_bytes: int) -> int:
-    """How many matrices of a shape are solved at once: small ones, whose steps are less work than the calls for them.
+def together(m: int, n: int, rank: int, svd: str, memory_bytes: int) -> int:
+    """How many matrices of a shape are solved at once: small ones, whose steps are less work than the calls for them,
+    and only where there are steps.
 
-    >>> [together(m, n, 6, 4 << 30) for m, n in ((192, 576), (1536, 576), (4096, 4096))]
+    >>> [together(m, n, 6, "randomized", 4 << 30) for m, n in ((192, 576), (1536, 576), (4096, 4096))]
     [16, 16, 1]
+    >>> together(192, 576, 6, "exact", 4 << 30), together(192, 576, 0, "randomized", 4 << 30)
+    (1, 1)
     """
-    if m * n > KEPT_ELEMENTS:
+    if svd == "exact" or not 0 < rank < min(m, n) or m * n > KEPT_ELEMENTS:
         return 1
-    within = memory_bytes // (8 * max(1, step_bytes(m, n, rank, "randomized")))
+    within = memory_bytes // (8 * step_bytes(m, n, rank, svd))
     return max(1, min(MOST_TOGETHER, within))
 
 

@@ -59,11 +59,10 @@ class Delta:
         if self._squares is not None:
             return kernel(self.w1, self.w0, x, scale=self.scale, run=self.run)
         product = self._first(kernel, x)
-        if not SANE[0] < self.squared_norm() < SANE[1]:
-            largest = largest_entry(self.w1, self.w0, self.run)
-            if largest > 0:
-                self.scale = _scale_for(largest, self.w1, self.w0)
-                product = self._first(kernel, x)
+        scale = _better_scale(self.squared_norm(), self.w1, self.w0, self.run)
+        if scale is not None:
+            self.scale = scale
+            product = self._first(kernel, x)
         return product
 
     def _first(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -89,11 +88,10 @@ class KeptDelta:
         self.turned = w1.shape[0] < w1.shape[1]
         self._dense = torch.empty(w1.shape, dtype=torch.float32)
         self._squares = self._form(w1, w0)
-        if not SANE[0] < self._squares < SANE[1]:
-            largest = largest_entry(w1, w0, run)
-            if largest > 0:
-                self.scale = _scale_for(largest, w1, w0)
-                self._squares = self._form(w1, w0)
+        scale = _better_scale(self._squares, w1, w0, run)
+        if scale is not None:
+            self.scale = scale
+            self._squares = self._form(w1, w0)
 
     def _form(self, w1: Tensor, w0: Tensor) -> float:
         rows, columns = tiling(*w1.shape)
@@ -143,6 +141,14 @@ def _scale_for(size: float, w1: Tensor, w0: Tensor) -> float:
     scale = power_of_two(size)
     wide = torch.float64 in (w1.dtype, w0.dtype)
     return scale if wide else max(2.0**-FLOAT32_SCALE, min(2.0**FLOAT32_SCALE, scale))
+
+
+def _better_scale(squares: float, w1: Tensor, w0: Tensor, run: Run) -> float | None:
+    """That of the true largest entry where the sum of squares shows a bad guess; None where it is fine, or all zero."""
+    if SANE[0] < squares < SANE[1]:
+        return None
+    largest = largest_entry(w1, w0, run)
+    return _scale_for(largest, w1, w0) if largest > 0 else None
 
 
 def _sum(squares: list[float]) -> float:

@@ -104,17 +104,18 @@ def _backward(
     """
     turn, _, _ = normalising(gram, norm, torch.full((len(runs),), images.shape[2]))
     condition = torch.linalg.matrix_norm(turn) * gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() / gram.shape[1]
-    rows = []
+    rows, noise = [], []
     for i, (run, back, uneven) in enumerate(zip(runs, backs, condition.tolist(), strict=True)):
         if uneven > EVEN:
             back = run.normal = None
         if back is None:
             rows.append(run.backward((turn[i] @ images[i].double()).float()))
+            noise.append(1.0)
         else:
-            run.watch.noise = max(run.watch.noise, uneven)
             rows.append((turn[i] @ back.double()).float())
-    fused = torch.tensor([back is not None and run.normal is not None for run, back in zip(runs, backs, strict=True)])
-    return torch.stack(rows), norm * condition.clamp(min=1).where(fused, 1.0), gram @ turn.mT
+            noise.append(max(uneven, 1.0))
+            run.watch.noise = max(run.watch.noise, uneven)
+    return torch.stack(rows), norm * torch.tensor(noise, dtype=norm.dtype), gram @ turn.mT
 
 
 def _exhaust(runs: list[Run], which: list[bool]) -> None:

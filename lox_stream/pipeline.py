@@ -157,9 +157,9 @@ def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:
 
 def _together(step: Step, options: Options) -> int:
     """How many steps like this one make a job."""
-    if step.action == "copy" or options.svd == "exact" or not 0 < options.rank < min(step.m, step.n):
+    if step.action == "copy":
         return 1
-    return costs.together(step.m, step.n, options.rank, options.memory_bytes) // step.count
+    return costs.together(step.m, step.n, options.rank, options.svd, options.memory_bytes) // step.count
 
 
 class _Admission:

@@ -81,10 +81,8 @@ def memory_needed(step: Step, options: Options) -> int:
     """Bytes of our own buffers that a step needs at most, for the matrices that it solves at once; 0 for a copy."""
     if step.action == "copy":
         return 0
-    one = costs.step_bytes(step.m, step.n, options.rank, options.svd)
-    if options.svd == "exact":
-        return one
-    return one * min(step.count, costs.together(step.m, step.n, options.rank, options.memory_bytes))
+    at_once = costs.together(step.m, step.n, options.rank, options.svd, options.memory_bytes)
+    return costs.step_bytes(step.m, step.n, options.rank, options.svd) * min(step.count, at_once)
 
 
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ def _extrapolate(steps: Sequence[Step], targets: Sequence[Target], options: Opti
             for i, (step, target) in enumerate(zip(steps, targets, strict=True))
             for matrix in _matrices(step, target, options, maps)
         ]
-        size = together(steps[0].m, steps[0].n, options.rank, options.memory_bytes)
+        size = together(steps[0].m, steps[0].n, options.rank, options.svd, options.memory_bytes)
         for first in range(0, len(matrices), size):
             some = matrices[first : first + size]
             found = extrapolate_matrices([matrix for _, matrix in some], run)
