@@ -84,6 +84,7 @@ class KeptDelta:
     """
 
     def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
+        self.run = run
         self.scale = _scale_for(rms, w1, w0)
         self.turned = w1.shape[0] < w1.shape[1]
         self._dense = torch.empty(w1.shape, dtype=torch.float32)
@@ -109,16 +110,22 @@ class KeptDelta:
 
     def matmul(self, x: Tensor) -> Tensor:
         """delta * scale @ x, turned: (n, l) -> (m, l)."""
-        return self._rows(x) if self.turned else self._columns(x)
+        return self._product(self._rows if self.turned else self._columns, x)
 
     def rmatmul(self, y: Tensor) -> Tensor:
         """(delta * scale).T @ y, turned: (m, l) -> (n, l)."""
-        return self._columns(y) if self.turned else self._rows(y)
+        return self._product(self._columns if self.turned else self._rows, y)
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y = delta * scale @ x and (delta * scale).T @ y, turned: the second finds the matrix in the cache."""
         y = self.matmul(x)
         return y, self.rmatmul(y)
+
+    def _product(self, by: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """By `run`, where a request to stop is seen."""
+        product: list[Tensor] = []
+        self.run(lambda _: product.append(by(x)), 1)
+        return product[0]
 
     def _columns(self, x: Tensor) -> Tensor:
         return torch.mm(x.T, self._dense.T).T

@@ -101,13 +101,13 @@ def compute(
         try:
             following = 0
             while following < len(steps):
+                if stop is not None and stop.is_set():
+                    raise Cancelled("stopped on request")
                 for job in admission.admit():
                     workers.submit(_work(job, steps, place, options, workers, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
-                    if stop is not None and stop.is_set():
-                        raise Cancelled("stopped on request") from None
                     yield Tick(tuple(steps[index].name for job in admission.working for index in job))
                     continue
                 if isinstance(event, _Failed):

@@ -34,8 +34,8 @@ class Workers:
 
     The caller's own torch settings, and those of threads it starts later, stay as they are: torch keeps the thread
     count per thread plus one default for threads to come, and that default is put back from a thread of ours.
-    When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`; the caller's
-    is only read.
+    When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`, and no job is
+    begun; the caller's is only read.
     """
 
     def __init__(self, count: int, asked: threading.Event | None = None) -> None:
@@ -70,7 +70,7 @@ class Workers:
             thread.join()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job, which must not raise; it runs on one worker."""
+        """Queue a job, which must not raise; it runs on one worker, unless a stop comes first."""
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -97,7 +97,7 @@ class Workers:
     def _advance(self, group: _Group) -> bool:
         """Do the group's next task; False if there is none left or one of them failed."""
         with self._changed:
-            if (self.stop.is_set() or self._asked.is_set()) and group.error is None:
+            if self._stopped() and group.error is None:
                 group.error = Cancelled("stopped on request")
             if group.next >= group.count or group.error is not None:
                 return False
@@ -116,6 +116,9 @@ class Workers:
                 self._changed.notify_all()
         return error is None
 
+    def _stopped(self) -> bool:
+        return self.stop.is_set() or self._asked.is_set()
+
     def _open_group(self) -> _Group | None:
         return next((g for g in self._groups if g.next < g.count and g.error is None), None)
 
@@ -130,7 +133,8 @@ class Workers:
                 if job is None and group is None:
                     return
             if job is not None:
-                job()
+                if not self._stopped():
+                    job()
             elif group is not None:
                 self._advance(group)
             del job, group  # or an idle worker would keep the last tensor mapped

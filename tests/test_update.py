@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lox_stream.delta import Delta, KeptDelta, NotFinite
+from lox_stream.errors import Cancelled
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import in_order
 from lox_stream.options import Options
@@ -293,3 +294,21 @@ def test_the_callers_default_dtype_does_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(200, 150), (150, 200), (1200, 1100)])
+def test_a_solve_sees_a_stop_at_its_next_product(shape):
+    w0, w1 = pair_of(*shape, generator(), dtype=torch.bfloat16, spectrum=power_law(min(shape)))
+    loops = []
+
+    def run(task, count):
+        loops.append(count)
+        if len(loops) == 5:
+            raise Cancelled("stopped on request")
+        in_order(task, count)
+
+    setting = Setting(Options(), rank=6, seed=1)
+    matrices = [Matrix(w1, w0, setting, lambda first, tile: pytest.fail("emitted")) for _ in range(3)]
+    with pytest.raises(Cancelled):
+        extrapolate_matrices(matrices, run)
+    assert len(loops) == 5

@@ -80,6 +80,21 @@ def test_a_stop_ends_a_loop_at_its_next_task():
     assert ran == [0]
 
 
+def test_a_job_that_waits_when_the_stop_comes_is_not_begun():
+    stop, begun, ran = threading.Event(), threading.Event(), []
+
+    def first():
+        begun.set()
+        assert stop.wait(60)
+
+    with Workers(1, stop) as workers:
+        workers.submit(first)
+        workers.submit(lambda: ran.append("second"))
+        assert begun.wait(60)
+        stop.set()
+    assert not ran
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 def test_arithmetic_in_a_worker_starts_no_thread_of_torch():
     """Which `torch.get_num_threads()` cannot tell: it reports the default for threads to come."""
