@@ -12,8 +12,8 @@ from lox_stream.costs import KEPT_ELEMENTS
 from lox_stream.errors import DataError
 from lox_stream.kernels import WIDE, delta_matmul, delta_normal, delta_rmatmul, difference, sum_of_squares, tiling
 from lox_stream.kernels.cpu import Run
+from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two
 
-FLOAT32_SCALE = 120  # exponent of the largest scale that float32 weights are multiplied by
 SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
 
 
@@ -145,9 +145,8 @@ def operator(w1: Tensor, w0: Tensor, run: Run, *, rms: float) -> Delta | KeptDel
 
 def _scale_for(size: float, w1: Tensor, w0: Tensor) -> float:
     """Within float32, unless the difference is formed in float64."""
-    scale = power_of_two(size)
     wide = torch.float64 in (w1.dtype, w0.dtype)
-    return scale if wide else max(2.0**-FLOAT32_SCALE, min(2.0**FLOAT32_SCALE, scale))
+    return power_of_two(size, FLOAT64_SCALE if wide else FLOAT32_SCALE)
 
 
 def _better_scale(squares: float, w1: Tensor, w0: Tensor, run: Run) -> float | None:
@@ -192,10 +191,3 @@ def first_not_finite(w1: Tensor, w0: Tensor, first_row: int = 0) -> str:
             column = int((~weight[row].isfinite()).nonzero()[0, 0])
             return f"{side} has {float(weight[row, column])} at [{first_row + row}, {column}]"
     return "the difference of base and aligned is beyond float64"
-
-
-def power_of_two(size: float) -> float:
-    """1.0 for entries of an ordinary size, else the power of two that brings `size` to about 1."""
-    if not math.isfinite(size) or size == 0.0 or 2.0**-24 < size < 2.0**24:
-        return 1.0
-    return 2.0 ** max(-1000, min(1000, -math.frexp(size)[1]))

@@ -13,13 +13,16 @@ call for all of them. Each has the bits that it has alone, whatever its companio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lox_stream.bases import DEFLATION, normalising, off, orthonormal
 from lox_stream.convergence import Enough, Watch
 from lox_stream.costs import GRAM_COLUMNS
-from lox_stream.operators import Normal, Operator
+from lox_stream.errors import DataError
+from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, power_of_two
 
 EVEN = 32.0  # condition of a block's images up to which they are multiplied by A' as they are
 
@@ -29,16 +32,27 @@ class Run:
 
     def __init__(self, op: Operator, rank: int, generator: torch.Generator, enough: Enough) -> None:
         self.op = op
-        self.enough = enough
+        self.scale = 1.0  # of what is iterated: A * scale, a power of two, for products within float32
         self.watch = Watch(rank)
         self.passes = 0
         self.normal: Normal | None = getattr(op, "normal", None)
         self.factors: tuple[Tensor, Tensor, Tensor] | None = None  # u', s, v'
         self._generator = generator
+        self._enough = enough
 
     def start(self, width: int) -> Tensor:
         """(width, n) rows in the range of A'."""
-        return self.backward(torch.randn(width, self.op.shape[0], generator=self._generator, dtype=torch.float32))
+        m, n = self.op.shape
+        random = torch.randn(width, m, generator=self._generator, dtype=torch.float32)
+        rows = self.backward(random)
+        norm = math.sqrt(self.op.squared_norm())
+        if not (norm <= torch.finfo(torch.float32).max and bool(rows.isfinite().all())):
+            raise DataError(f"the matrix {(m, n)} has norm {norm} or a product with it is not finite, expected float32")
+        self.scale = power_of_two(norm / math.sqrt(m * n), FLOAT32_SCALE)
+        if self.scale != 1.0:
+            self.normal = None  # between its products nothing can be scaled
+            rows = self.backward(random)
+        return rows
 
     def forward(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images of the rows of `block` (width, n) and, unless this seems to be the last step, A' times them."""
@@ -46,12 +60,23 @@ class Run:
         if self.normal is not None and not self.watch.one_to_go(self.enough):
             image, back = self.normal(block.T)
             return image.T, back.T
-        return self.op.matmul(block.T).T, None
+        return self.op.matmul(self._scaled(block).T).T, None
 
     def backward(self, rows: Tensor) -> Tensor:
         """A' times each of `rows` (width, m)."""
         self.passes += 1
-        return self.op.rmatmul(rows.T).T
+        return self.op.rmatmul(self._scaled(rows).T).T
+
+    def enough(self, error: float, part: float) -> bool:
+        """Whether `error` is small enough, both of A * scale."""
+        return self._enough(error / self.scale, part / self.scale)
+
+    def squared_norm(self) -> float:
+        """|A * scale|_F^2."""
+        return self.op.squared_norm() * self.scale**2
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
@@ -139,7 +164,7 @@ class Space:
         self.y = torch.zeros(count, 0, rank, dtype=torch.float64)  # of the last look
         self.s = torch.zeros(count, rank, dtype=torch.float64)
         self._width = 0  # of the newest block
-        self.room = torch.full((count,), min(m, n))  # dimensions left: rounding must not pass for more of them
+        self.room = torch.full((count,), n)  # dimensions left: rounding must not pass for more of them
 
     def append(self, block: Tensor, solid: Tensor, image: Tensor) -> None:
         """Take blocks (count, width, n) of rows that are orthonormal, or zero where not `solid`, and their images."""
@@ -176,7 +201,7 @@ class Space:
         traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)
         figures = torch.cat([steps[:, None], traces[:, None], s, shares], 1).tolist()
         for run, (step, trace, *rest) in zip(runs, figures, strict=True):
-            run.watch.look(step, trace, rest[: rank + 1], rest[rank + 1 :], run.op.squared_norm())
+            run.watch.look(step, trace, rest[: rank + 1], rest[rank + 1 :], run.squared_norm())
         self.y, self.s = leading, s[:, :rank]
 
     def _newest_gram(self) -> Tensor:

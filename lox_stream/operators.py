@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+FLOAT32_SCALE, FLOAT64_SCALE = 120, 1000  # exponents of the largest scales that leave such numbers finite
 
 Normal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -49,3 +52,10 @@ class Turned:
 
     def squared_norm(self) -> float:
         return self.op.squared_norm()
+
+
+def power_of_two(size: float, limit: int) -> float:
+    """1.0 for entries of an ordinary size, else the power of two, up to 2^limit, that brings `size` to about 1."""
+    if not math.isfinite(size) or size == 0.0 or 2.0**-24 < size < 2.0**24:
+        return 1.0
+    return 2.0 ** max(-limit, min(limit, -math.frexp(size)[1]))

@@ -16,6 +16,7 @@ from lox_stream.costs import basis_columns, block_width
 from lox_stream.krylov import Run, iterate
 from lox_stream.operators import Operator, Turned
 
+SMALLEST = 2.0**-149  # float32 number: so much may a value be off that is rounded among them
 OBLONG = 8  # times as wide as high: the basis on the columns would cost more than one pass for two products saves
 
 
@@ -54,7 +55,10 @@ def truncated_svd(
     enough: Enough | None = None,
     max_columns: int | None = None,
 ) -> TruncatedSVD:
-    """The `rank` leading singular triplets of `op`, 1 <= rank <= min(m, n).
+    """The `rank` leading singular triplets of `op`, 1 <= rank <= min(m, n); of those, all that rounding leaves.
+
+    A matrix of lower rank has fewer (zero has none): values under 1e-6 of the first are rounding and not returned.
+    Entries may be of any size that float32 holds. Raises DataError where a product or the norm is not finite.
 
     `enough(error, part)` decides when to stop, from the predicted |E|_F of the rank-k part and that part's own
     Frobenius norm; the default asks for a relative error of 1e-5. The basis grows to at most `max_columns` vectors
@@ -106,16 +110,17 @@ def truncated_svds(
 def _result(run: Run) -> TruncatedSVD:
     assert run.factors is not None, "each matrix leaves the iteration with its factors"
     u, s, v = run.factors
-    watch = run.watch
+    watch, scale = run.watch, run.scale
+    radius = tuple(radius / scale + SMALLEST for radius in watch.radius)
     return TruncatedSVD(
         u=u.T,
-        s=s,
+        s=s / scale,
         vh=v,
-        residual=max(watch.radius, default=0.0) / max(watch.norm, torch.finfo(torch.float32).tiny),
-        radius=tuple(watch.radius),
-        squared_norm=watch.squared_norm,
+        residual=max(radius) * scale / watch.norm if radius else 0.0,
+        radius=radius,
+        squared_norm=run.op.squared_norm(),
         gap=watch.gap,
-        error=watch.error,
+        error=watch.error / scale,
         passes=run.passes,
         converged=watch.converged(run.enough),
         unique=watch.unique,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator, power_of_two
+from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
+from lox_stream.operators import FLOAT64_SCALE, power_of_two
 from lox_stream.options import Options
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
@@ -160,7 +161,7 @@ def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | _Solved | _Uns
         if setting.rank == 0 or setting.rank >= min(w1.shape):
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
-            scale = power_of_two(largest_entry(w1, w0, run))
+            scale = power_of_two(largest_entry(w1, w0, run), FLOAT64_SCALE)
             return _Solved(matrix, sample, exact_svd(w1, w0, setting.rank, scale), scale, "exact")
         return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
     except NotFinite as problem:

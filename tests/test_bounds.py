@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lox_stream.errors import DataError
 from lox_stream.svd import relative, truncated_svd
 from lox_stream.synthetic import matrix
 
@@ -88,6 +89,7 @@ def spectra():
         "power": lambda i, x: i**-x,
         "exponential": lambda i, x: torch.exp(-i * x / 4),
         "flat": lambda i, x: torch.ones_like(i),
+        "all but flat": lambda i, x: 1 + 1e-5 * torch.sin(i * x),
         "step": lambda i, x: torch.where(i <= 4 * x, 1.0, 0.05),
         "plateaus": lambda i, x: 2.0 ** -torch.floor(i / (2 + 4 * x)),
         "low rank": lambda i, x: torch.where(i <= 1 + 6 * x, 1 / i, 0.0),
@@ -109,7 +111,7 @@ def check(a, found, rank):
         return
     for value, radius in zip(s, found.radius, strict=True):
         assert float((true - value).abs().min()) <= radius
-    assert (s <= true[: len(s)] + 4 * unit).all(), "no value is above the true one"
+    assert (s <= true[: len(s)] + 4 * unit + 2.0**-149).all(), "no value is above the true one"
     residuals = torch.maximum(
         torch.linalg.vector_norm(a @ v - u * s, dim=0), torch.linalg.vector_norm(a.T @ u - v * s, dim=0)
     )
@@ -132,14 +134,50 @@ def check(a, found, rank):
     rank=st.integers(1, 12),
     tolerance=st.sampled_from([1e-1, 1e-2, 1e-3, 1e-5]),
     kind=st.sampled_from([Dense, OnePass]),
+    size=st.sampled_from([1.0, 1.0, 1.0, 1e-40, 1e-30, 1e30]),
     seed=st.integers(0, 1 << 20),
 )
-def test_what_is_called_rigorous_holds(spectrum, m, n, rank, tolerance, kind, seed):
+def test_what_is_called_rigorous_holds(spectrum, m, n, rank, tolerance, kind, size, seed):
     generator = torch.Generator().manual_seed(seed)
-    a = matrix(m, n, spectrum(min(m, n)), generator)
+    a = matrix(m, n, spectrum(min(m, n)), generator) * size
     rank = min(rank, m, n)
     found = truncated_svd(kind(a), rank, generator=generator, enough=relative(tolerance))
     check(a, found, rank)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-22, 1e22, 1e30])
+@pytest.mark.parametrize("kind", [Dense, OnePass])
+@pytest.mark.parametrize("rank", [6, 200])
+def test_the_size_of_the_entries_does_not_matter(size, kind, rank):
+    """1e-40 is below float32's normal numbers: what is left of their digits is enough for these."""
+    a = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * size
+    found = truncated_svd(kind(a), rank, generator=torch.Generator().manual_seed(1))
+    check(a, found, rank)
+    assert found.converged
+    assert len(found.s) == rank
+    assert torch.allclose(found.s.double(), torch.linalg.svdvals(a.double())[:rank], rtol=1e-4, atol=2.0**-149)
+
+
+def test_a_precision_asked_for_is_in_the_units_of_the_matrix():
+    a = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * 1e-12
+    asked = []
+
+    def enough(error, part):
+        asked.append(part)
+        return error <= 1e-5 * part
+
+    found = truncated_svd(OnePass(a), 6, generator=torch.Generator().manual_seed(1), enough=enough)
+    assert found.converged
+    assert asked[-1] == pytest.approx(float(found.s.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("kind", [Dense, OnePass])
+def test_what_float32_cannot_hold_is_refused(bad, kind):
+    a = torch.ones(30, 20)
+    a[3:9, 4:9] = bad
+    with pytest.raises(DataError, match=r"\(30, 20\).*not finite"):
+        truncated_svd(kind(a), 2, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
