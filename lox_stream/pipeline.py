@@ -216,6 +216,7 @@ def _work(
     def work() -> None:
         these = [steps[index] for index in job]
         try:
+            workers.check()
             written = process(these, place, options, workers.run)
         except BaseException as problem:  # raised where the events are read
             events.put(_Failed(problem))

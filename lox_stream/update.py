@@ -113,16 +113,21 @@ def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run
 
 def extrapolate_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | NotFinite]:
     """`extrapolate_matrix` of several of one shape and rank, solved together; each has the bits that it has alone."""
+    ready = solve_matrices(matrices, run)
+    finished = iter(_finish([one for one in ready if isinstance(one, Solved)], run))
+    return [next(finished) if isinstance(one, Solved) else one for one in ready]
+
+
+def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | NotFinite | Solved]:
+    """The first half: the factors of each, or the facts of those that have none and are done."""
     begun = [_begin(matrix, run) for matrix in matrices]
     try:
         solved = iter(_solve([one for one in begun if isinstance(one, _Unsolved)]))
     except NotFinite as problem:
         if len(matrices) > 1:
-            return [extrapolate_matrices([matrix], run)[0] for matrix in matrices]
+            return [solve_matrices([matrix], run)[0] for matrix in matrices]
         return [problem]
-    ready = [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
-    finished = iter(_finish([one for one in ready if isinstance(one, _Solved)], run))
-    return [next(finished) if isinstance(one, _Solved) else one for one in ready]
+    return [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +148,26 @@ class _Unsolved:
 
 
 @dataclass(frozen=True, slots=True)
-class _Solved:
+class Solved:
+    """The rank-k part of a matrix's delta, as far as it was asked for."""
+
     matrix: Matrix
     sample: Sample
     found: TruncatedSVD
     scale: float  # of found: the rank-k part is that of delta * scale
     method: str
 
+    @property
+    def predicted_share(self) -> float | None:
+        """Of output elements that differ from the exact result; None for wide outputs."""
+        if self.matrix.w1.dtype not in ROUNDED:
+            return None
+        size = abs(self.matrix.setting.options.alpha) / self.scale / math.sqrt(self.matrix.w1.numel())
+        part = math.sqrt(float(self.found.s.double().square().sum()))
+        return self.sample.share(size * self.found.error, size * part)
 
-def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | _Solved | _Unsolved:
+
+def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | Solved | _Unsolved:
     """What is done at once, or the operator to solve."""
     w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
     sample = Sample(w1, w0)
@@ -162,13 +178,13 @@ def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | _Solved | _Uns
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
             scale = power_of_two(largest_entry(w1, w0, run), FLOAT64_SCALE)
-            return _Solved(matrix, sample, exact_svd(w1, w0, setting.rank, scale), scale, "exact")
+            return Solved(matrix, sample, exact_svd(w1, w0, setting.rank, scale), scale, "exact")
         return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
     except NotFinite as problem:
         return problem
 
 
-def _solve(unsolved: Sequence[_Unsolved]) -> list[_Solved]:
+def _solve(unsolved: Sequence[_Unsolved]) -> list[Solved]:
     if not unsolved:
         return []
     found = truncated_svds(
@@ -178,12 +194,12 @@ def _solve(unsolved: Sequence[_Unsolved]) -> list[_Solved]:
         enough=[one.enough for one in unsolved],
     )
     return [
-        _Solved(one.matrix, one.sample, transposed(svd) if one.op.turned else svd, one.op.scale, "krylov")
+        Solved(one.matrix, one.sample, transposed(svd) if one.op.turned else svd, one.op.scale, "krylov")
         for one, svd in zip(unsolved, found, strict=True)
     ]
 
 
-def _finish(solved: Sequence[_Solved], run: Run) -> list[MatrixFacts | NotFinite]:
+def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]:
     """Emit the updates of those that have one."""
     real = [one for one in solved if len(one.found.s)]
     kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
@@ -195,7 +211,7 @@ def _finish(solved: Sequence[_Solved], run: Run) -> list[MatrixFacts | NotFinite
     ]
 
 
-def _update_of(one: _Solved) -> Block:
+def _update_of(one: Solved) -> Block:
     """Computes a block of W1 + alpha * U diag(S) Vh."""
     w1, setting, found = one.matrix.w1, one.matrix.setting, one.found
     wide = torch.float64 if w1.dtype == torch.float64 else torch.float32
@@ -295,19 +311,17 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
     return all(same)
 
 
-def _facts(one: _Solved, kept: Retained) -> MatrixFacts | NotFinite:
-    found, scale, sample, w1 = one.found, one.scale, one.sample, one.matrix.w1
+def _facts(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
+    found, scale = one.found, one.scale
     if not kept.finite:
-        return NotFinite(f"the extrapolated weight is beyond the range of {str(w1.dtype).removeprefix('torch.')}")
-    alpha = abs(one.matrix.setting.options.alpha)
+        dtype = str(one.matrix.w1.dtype).removeprefix("torch.")
+        return NotFinite(f"the extrapolated weight is beyond the range of {dtype}")
     squares = float(found.s.double().square().sum())
-    part = math.sqrt(squares) / scale
-    size = math.sqrt(w1.numel())
-    error = found.error / scale
+    part = math.sqrt(squares)
     return MatrixFacts(
         delta_norm=math.sqrt(found.squared_norm) / scale,
-        weight_norm=sample.weight_norm,
-        update_norm=alpha * part,
+        weight_norm=one.sample.weight_norm,
+        update_norm=abs(one.matrix.setting.options.alpha) * (part / scale),
         retention=kept.retention,
         method=one.method,
         singular_values=tuple(s / scale for s in found.s.tolist()),
@@ -317,7 +331,7 @@ def _facts(one: _Solved, kept: Retained) -> MatrixFacts | NotFinite:
         passes=found.passes,
         gap=found.gap,
         unique=found.unique,
-        predicted_error=error / part,
-        predicted_share=sample.share(alpha * error / size, alpha * part / size) if w1.dtype in ROUNDED else None,
+        predicted_error=found.error / part,
+        predicted_share=one.predicted_share,
         converged=found.converged,
     )

@@ -6,14 +6,18 @@ have no job: many small tensors are computed side by side, and one huge tensor g
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar, cast
 
 import torch
 
 from lox_stream.errors import Cancelled
+
+T = TypeVar("T")
 
 _starting = threading.Lock()  # one default is changed and put back at a time
 
@@ -34,8 +38,8 @@ class Workers:
 
     The caller's own torch settings, and those of threads it starts later, stay as they are: torch keeps the thread
     count per thread plus one default for threads to come, and that default is put back from a thread of ours.
-    When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`, and no job is
-    begun; the caller's is only read.
+    When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`; the caller's
+    is only read.
     """
 
     def __init__(self, count: int, asked: threading.Event | None = None) -> None:
@@ -70,10 +74,26 @@ class Workers:
             thread.join()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job, which must not raise; it runs on one worker, unless a stop comes first."""
+        """Queue a job, which must not raise; it runs on one worker."""
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do `work` as a job, and return what it returns or raise what it raises; not from inside a job."""
+        result: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def job() -> None:
+            try:
+                result.put((work(), None))
+            except BaseException as problem:
+                result.put((None, problem))
+
+        self.submit(job)
+        value, problem = result.get()
+        if problem is not None:
+            raise problem
+        return cast(T, value)
 
     def run(self, task: Callable[[int], None], count: int) -> None:
         """task(0), ..., task(count - 1) on this worker and all idle ones; returns when each is done.
@@ -97,8 +117,10 @@ class Workers:
     def _advance(self, group: _Group) -> bool:
         """Do the group's next task; False if there is none left or one of them failed."""
         with self._changed:
-            if self._stopped() and group.error is None:
-                group.error = Cancelled("stopped on request")
+            try:
+                self.check()
+            except Cancelled as stopped:
+                group.error = group.error or stopped
             if group.next >= group.count or group.error is not None:
                 return False
             index = group.next
@@ -116,8 +138,10 @@ class Workers:
                 self._changed.notify_all()
         return error is None
 
-    def _stopped(self) -> bool:
-        return self.stop.is_set() or self._asked.is_set()
+    def check(self) -> None:
+        """Raise Cancelled if a stop was asked for."""
+        if self.stop.is_set() or self._asked.is_set():
+            raise Cancelled("stopped on request")
 
     def _open_group(self) -> _Group | None:
         return next((g for g in self._groups if g.next < g.count and g.error is None), None)
@@ -133,8 +157,7 @@ class Workers:
                 if job is None and group is None:
                     return
             if job is not None:
-                if not self._stopped():
-                    job()
+                job()
             elif group is not None:
                 self._advance(group)
             del job, group  # or an idle worker would keep the last tensor mapped
