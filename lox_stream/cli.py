@@ -216,6 +216,70 @@ def _verify(out: Path, base: Path | None, aligned: Path | None, sample: int, see
     return check_output(out, inputs, count=sample, seed=seed, as_json=as_json)
 
 
+@commands.command("bench")
+@click.option("--base", type=FOLDER, required=True, metavar="DIR", help="The model before alignment.")
+@click.option("--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment.")
+@click.option("--tensors", multiple=True, metavar="GLOB", help="Only matrices with these names; repeatable.")
+@click.option("--rank", default="6", metavar="K,...", show_default=True, help="Ranks to look for.")
+@click.option("--solvers", default="", metavar="NAME,...", show_default="all", help="Only these solvers.")
+@click.option(
+    "--share",
+    default="99.95,99.99",
+    metavar="P,...",
+    show_default=True,
+    help="Percent of elements that are to be right.",
+)
+@click.option("--per-shape", default=1, metavar="N", show_default=True, help="Matrices of each shape.")
+@click.option("--repeat", default=5, metavar="N", show_default=True, help="Timings of each setting, in turns.")
+@click.option("--limit", default=60.0, metavar="S", show_default=True, help="Seconds that one solve may take.")
+@click.option("--seed", default=0, metavar="N", show_default=True, help="Picks the matrices, starts the solvers.")
+@click.option(
+    "--device", default=DEFAULTS.device, metavar="auto|cpu|cuda|cuda:N", show_default=True, help="What computes."
+)
+@click.option("--plot", is_flag=True, help="Also draw time against accuracy in the terminal.")
+@click.option(
+    "--picture", type=FOLDER, multiple=True, metavar="FILE", help="Also draw it into a .png or .svg; repeatable."
+)
+@click.option("--csv", "table", type=FOLDER, metavar="FILE", help="Also write every single result.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
+def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | None, as_json: bool, **given: Any) -> int:
+    """Compare the solvers that one would pick for a truncated SVD, on matrices of this pair.
+
+    Each is judged by the float64 result: what share of the output's elements is bit-identical, and what that costs.
+    Nothing is written but the files that are asked for. Some solvers need `pip install 'lox-stream[bench]'`.
+
+    \b
+    Examples:
+      lox-stream bench --base llama-base --aligned llama-instruct
+      lox-stream bench --base llama-base --aligned llama-instruct --tensors '*q_proj*' --rank 6,16 --plot
+    """
+    from lox_stream.cli_bench import Request, carry_out, numbers
+
+    for option, value, least in (("--per-shape", given["per_shape"], 1), ("--repeat", given["repeat"], 1)):
+        if value < least:
+            raise OptionError(f"{option} is {value}, expected {least} or more")
+    if not given["limit"] > 0:
+        raise OptionError(f"--limit is {given['limit']}, expected more than 0 seconds")
+    request = Request(
+        base=base,
+        aligned=aligned,
+        tensors=tensors,
+        ranks=numbers(given["rank"], "--rank", int, 1, 1 << 20),
+        solvers=tuple(name for name in given["solvers"].split(",") if name),
+        shares=tuple(percent / 100 for percent in numbers(given["share"], "--share", float, 1, 100)),
+        per_shape=given["per_shape"],
+        repeats=given["repeat"],
+        limit_s=given["limit"],
+        seed=given["seed"],
+        device=given["device"],
+        as_json=as_json,
+        plot=given["plot"],
+        pictures=given["picture"],
+        table=table,
+    )
+    return carry_out(request)
+
+
 @commands.command("demo")
 @click.option("--keep", type=FOLDER, metavar="DIR", help="Keep the pair and the result in this folder, new or empty.")
 def _demo(keep: Path | None) -> int:

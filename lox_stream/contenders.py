@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lox_stream.delta import operator
+from lox_stream.delta import Delta, KeptDelta, operator
 from lox_stream.kernels.cpu import Run
-from lox_stream.operators import Operator
 from lox_stream.options import Options
 from lox_stream.update import Matrix, Sample, Setting, Solved, solve_matrices
 
@@ -166,7 +165,7 @@ def _svds(problem: Problem, **given: object) -> Found:
 class _Counting:
     """Our operator, for NumPy arrays of one or more columns, with its passes counted."""
 
-    def __init__(self, op: Operator) -> None:
+    def __init__(self, op: Delta | KeptDelta) -> None:
         self.op, self.shape = op, op.shape
         self.passes = 0
 

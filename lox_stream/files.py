@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lox_stream.c_library import c_function
 from lox_stream.errors import OutputError
 from lox_stream.output_rules import PARTIAL
 
@@ -93,14 +93,9 @@ def start_writing_back(fd: int, start: int, n_bytes: int) -> None:
 
     Without it the last `fdatasync` of 1.5 GiB took 0.5 s after the work was done, with it 0.02 s (2 cores, ext4).
     """
-    call = _sync_file_range()
+    call = c_function("sync_file_range") if sys.platform == "linux" else None
     if call is not None and n_bytes > 0:
         call(fd, ctypes.c_int64(start), ctypes.c_int64(n_bytes), ctypes.c_uint(2))  # 2: SYNC_FILE_RANGE_WRITE
-
-
-@functools.cache
-def _sync_file_range() -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
 
 
 def drop_cache(fd: int, start: int = 0, n_bytes: int = 0) -> None:

@@ -119,8 +119,8 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
 def _matrices(step: Step, target: Target, options: Options, maps: contextlib.ExitStack) -> Iterator[Matrix]:
     """The matrices of a step, over maps that are left open in `maps`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    w1 = _stack(maps.enter_context(mapped(step.aligned)), step.aligned.dtype, step)
-    w0 = _stack(maps.enter_context(mapped(step.base)), step.base.dtype, step)
+    w1 = stacked(maps.enter_context(mapped(step.aligned)), step.aligned.dtype, step)
+    w0 = stacked(maps.enter_context(mapped(step.base)), step.base.dtype, step)
     for index in range(step.count):
         offset = index * step.m * step.n * w1.element_size()
 
@@ -130,7 +130,7 @@ def _matrices(step: Step, target: Target, options: Options, maps: contextlib.Exi
         yield Matrix(w1[index], w0[index], _setting(step, options, index), emit)
 
 
-def _stack(data: memoryview, dtype: str, step: Step) -> Tensor:
+def stacked(data: memoryview, dtype: str, step: Step) -> Tensor:
     """A float tensor's bytes as (count, m, n) of its dtype; nothing is copied."""
     flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=step.count * step.m * step.n)
     return flat.view(step.count, step.m, step.n)

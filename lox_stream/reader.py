@@ -6,7 +6,6 @@ The mapped pages belong to the page cache, not to this process, and are given ba
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lox_stream.c_library import c_function
 from lox_stream.checkpoint import TensorInfo
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.planning import Step
@@ -152,7 +152,7 @@ def read_bytes(steps: Sequence[Step]) -> int:
 
 def _resident(fd: int, info: TensorInfo) -> bool:
     """Whether the page cache holds all of the tensor already; False where the system does not tell."""
-    mincore = _mincore()
+    mincore = c_function("mincore")
     if mincore is None or info.n_bytes == 0:
         return False
     start = _page(info.start)
@@ -168,11 +168,6 @@ def _resident(fd: int, info: TensorInfo) -> bool:
 def _page(offset: int) -> int:
     """The last offset before this one at which a map may begin."""
     return offset - offset % mmap.ALLOCATIONGRANULARITY
-
-
-@functools.cache
-def _mincore() -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), "mincore", None)
 
 
 @contextmanager

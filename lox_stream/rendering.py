@@ -21,6 +21,7 @@ from lox_stream.showing import budget_text, counted, size_text, time_text
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
+    from lox_stream.comparing import Measured
     from lox_stream.inspecting import Inspection
     from lox_stream.recomputing import Comparison
 
@@ -220,3 +221,35 @@ def comparison_table(compared: Sequence[Comparison]) -> Group:
     ]
     columns = ("matrix", "shape", "part", "bits agree", "predicted", "|error| / |update|", "time", "")
     return table_of("Against a full SVD in float64", columns, rows, right=(3, 4, 5, 6))
+
+
+def solver_table(rows: Sequence[Measured], share: float) -> Group:
+    """Solvers on one matrix, each at the fastest of its settings that has `share` right; a miss has no time."""
+    from lox_stream.comparing import fastest
+
+    reached = fastest(rows, share)
+    best = {row.solver: row for row in sorted(rows, key=lambda row: -row.differing)}  # the least that differs
+    shown = sorted(reached.values(), key=lambda row: row.elapsed_s)
+    shown += [row for solver, row in best.items() if solver not in reached]
+    first = rows[0]
+    title = (
+        f"{first.case}, {first.m} x {first.n} {first.dtype}, rank {first.rank}, s_{first.rank + 1}/s_{first.rank} = "
+        f"{1 - first.gap:.4f}: {100 * share:g} % of the elements bit-identical"
+    )
+    columns = ("solver", "setting", "time", "passes", "memory", "error", "angle", "energy lost", "differ", "predicted")
+    return table_of(title, columns, (_solver_row(row, row.solver in reached) for row in shown), right=range(2, 10))
+
+
+def _solver_row(row: Measured, reached: bool) -> tuple[object, ...]:
+    return (
+        row.solver + (f" ({row.method})" if row.method else ""),
+        f"{row.knob} {row.value:g}",
+        f"{row.elapsed_s * 1e3:.3g} ms" if reached else "misses",
+        "-" if row.passes is None else row.passes,
+        "-" if row.peak_bytes is None else size_text(row.peak_bytes),
+        f"{row.error:.1e}",
+        f"{row.angle:.1e}",
+        f"{row.energy_lost:.1e}",
+        f"{row.differing:.1e}",
+        "-" if row.predicted is None else f"{row.predicted:.1e}",
+    )

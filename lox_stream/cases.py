@@ -1,0 +1,67 @@
+"""Which matrices of a pair `bench` compares solvers on: one or a few of each shape, picked by a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lox_stream.delta import first_not_finite
+from lox_stream.errors import DataError, OptionError
+from lox_stream.matching import Step
+from lox_stream.names import listing, matches, near_misses, printable, unmatched
+from lox_stream.planning import Plan
+from lox_stream.processing import stacked
+from lox_stream.reader import mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One matrix (m, n) of a step."""
+
+    step: Step
+    index: int  # in the stack; 0 otherwise
+
+    @property
+    def name(self) -> str:
+        return self.step.name if self.step.count == 1 else f"{self.step.name}[{self.index}]"
+
+
+def choose(plan: Plan, globs: Sequence[str], per_shape: int, seed: int) -> list[Choice]:
+    """`per_shape` matrices of each shape and dtype among those that a run extrapolates, in the order of the files.
+
+    Raises OptionError for a glob that matches none of them.
+    """
+    steps = [step for step in plan.steps if step.action == "extrapolate"]
+    names = [step.name for step in steps]
+    for glob in unmatched(globs, names):
+        near = near_misses(glob, names)
+        hint = f"Near: {listing(near)}" if near else "lox-stream run --dry-run lists them"
+        raise OptionError(f"--tensors {printable(glob)!r} matches no matrix that a run would extrapolate. {hint}")
+    classes: dict[tuple[int, int, str], list[Choice]] = {}
+    for step in steps:
+        if not globs or matches(step.name, globs):
+            choices = classes.setdefault((step.m, step.n, step.aligned.dtype), [])
+            choices += [Choice(step, index) for index in range(step.count)]
+    picked = [
+        choice
+        for shape, choices in classes.items()
+        for choice in random.Random(f"{seed}:{shape}").sample(choices, min(per_shape, len(choices)))
+    ]
+    place = {id(step): number for number, step in enumerate(steps)}
+    return sorted(picked, key=lambda choice: (place[id(choice.step)], choice.index))
+
+
+def load(choice: Choice) -> tuple[Tensor, Tensor]:
+    """(W1, W0), (m, n) each, in memory of their own. Raises DataError for NaN or Inf."""
+    step = choice.step
+    assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    with mapped(step.aligned) as aligned, mapped(step.base) as base:
+        w1 = stacked(aligned, step.aligned.dtype, step)[choice.index].clone()
+        w0 = stacked(base, step.base.dtype, step)[choice.index].clone()
+    if not (bool(w1.isfinite().all()) and bool(w0.isfinite().all())):
+        where = first_not_finite(w1, w0)
+        raise DataError(f"{printable(choice.name)}: {where}; expected finite numbers. Leave it out with --tensors")
+    return w1, w0

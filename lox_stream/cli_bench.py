@@ -1,0 +1,167 @@
+"""`lox-stream bench`: solvers side by side on a sample of one's own pair."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lox_stream.charts import check_picture, need, picture, terminal_plot
+from lox_stream.errors import OptionError
+from lox_stream.messages import echo_json, escaped, warn
+from lox_stream.names import printable
+from lox_stream.options import Options
+from lox_stream.planning import plan
+from lox_stream.rendering import console_of, solver_table
+from lox_stream.signals import Interruption
+
+ALPHA = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for."""
+
+    base: Path
+    aligned: Path
+    tensors: tuple[str, ...]
+    ranks: tuple[int, ...]
+    solvers: tuple[str, ...]  # (): all of them
+    shares: tuple[float, ...]  # of bit-identical elements; the tables are for the first
+    per_shape: int
+    repeats: int
+    limit_s: float
+    seed: int
+    device: str
+    as_json: bool
+    plot: bool
+    pictures: tuple[Path, ...]
+    table: Path | None  # CSV
+
+
+def numbers(text: str, option: str, kind: type, least: float, most: float) -> tuple[Any, ...]:
+    """`6,16,64` as numbers; raises OptionError."""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(least <= value <= most for value in values):
+        raise OptionError(f"{option} {text}: expected numbers from {least:g} to {most:g} with commas between them")
+    return values
+
+
+def carry_out(request: Request) -> int:
+    """Measure, show, and return the exit code."""
+    for path in request.pictures:
+        check_picture(path)
+    if request.plot:
+        need("plotext", "--plot")
+    if request.table is not None and not request.table.absolute().parent.is_dir():
+        raise OptionError(f"--csv {request.table}: the folder does not exist. Make it first")
+    with Interruption(lambda: "stopped"):
+        made = plan(request.base, request.aligned, options=Options(device=request.device))
+        from lox_stream.comparing import LeftOut, Measured
+        from lox_stream.device import check_device
+
+        check_device(made.options)
+        rows: list[Measured] = []
+        out: list[LeftOut] = []
+        for result in _measured(request, made):
+            (rows if isinstance(result, Measured) else out).append(result)
+        _write(request, rows)
+        _show(request, rows, out)
+        warn(made.warnings)
+    return 0
+
+
+def _measured(request: Request, made: Any) -> Any:
+    """Every result, with what is going on on stderr."""
+    from lox_stream.cases import choose, load
+    from lox_stream.comparing import Case, LeftOut, compare
+    from lox_stream.contenders import CONTENDERS
+    from lox_stream.pipeline import thread_count
+    from lox_stream.reference import Bands, leading
+    from lox_stream.workers import Workers
+
+    for name in request.solvers:
+        if name not in CONTENDERS:
+            raise OptionError(f"--solvers {printable(name)}: no such solver, expected some of {', '.join(CONTENDERS)}")
+    contenders = [CONTENDERS[name] for name in request.solvers or CONTENDERS]
+    chosen = choose(made, request.tensors, request.per_shape, request.seed)
+    if not chosen:
+        raise OptionError("the pair has no matrix that a run would extrapolate, expected one at least")
+    with Workers(thread_count(made.options)) as workers:
+        for choice in chosen:
+            w1, w0 = load(choice)
+            ranks = [rank for rank in request.ranks if rank < min(w1.shape)]
+            if not ranks or bool((w1 == w0).all()):
+                why = "base and aligned are the same" if ranks else f"has no rank under {min(w1.shape)} to look for"
+                yield LeftOut(choice.name, "all", why)
+                continue
+            _say(f"{choice.name}: the exact result, in float64")
+            exact = leading(Bands(w1, w0), max(ranks))
+            for rank in ranks:
+                yield from compare(
+                    Case(choice.name, w1, w0, rank, exact),
+                    contenders,
+                    workers,
+                    alpha=ALPHA,
+                    repeats=request.repeats,
+                    limit_s=request.limit_s,
+                    seed=request.seed,
+                    say=_say,
+                )
+
+
+def _say(text: str) -> None:
+    click.echo(escaped(text), err=True)
+
+
+def _write(request: Request, rows: Sequence[Any]) -> None:
+    if request.table is not None:
+        write_csv(request.table, rows)
+        _say(f"wrote {request.table}")
+    for path in request.pictures if rows else ():
+        picture(rows, request.shares, path)
+        _say(f"wrote {path}")
+
+
+def write_csv(path: Path, rows: Sequence[Any]) -> None:
+    """One line for each solver, value of its knob, matrix and rank; the heads are the fields of Measured."""
+    from lox_stream.comparing import Measured
+
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Measured)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _show(request: Request, rows: Sequence[Any], out: Sequence[Any]) -> None:
+    from lox_stream.comparing import ranking, verdict
+
+    verdicts = {f"{share:g}": verdict(rows, share) for share in request.shares}
+    if request.as_json:
+        echo_json(
+            {
+                "alpha": ALPHA,
+                "rows": [asdict(row) for row in rows],
+                "left_out": [asdict(one) for one in out],
+                "ranking": {f"{share:g}": ranking(rows, share) for share in request.shares},
+                "verdicts": verdicts,
+            }
+        )
+        return
+    console = console_of()
+    matrices = list(dict.fromkeys((row.case, row.rank) for row in rows))
+    for case, rank in matrices:
+        console.print(solver_table([row for row in rows if (row.case, row.rank) == (case, rank)], request.shares[0]))
+    for one in out:
+        click.echo(escaped(f"left out: {one.solver} on {one.case}: {one.why}"))
+    if request.plot and rows:
+        click.echo(terminal_plot(rows, console.width, colour=console.is_terminal and not console.no_color))
+    for sentence in verdicts.values():
+        click.echo(sentence[:1].upper() + sentence[1:] + ".")
