@@ -37,7 +37,8 @@ def panels(rows: Sequence[Measured]) -> dict[str, dict[str, list[tuple[float, fl
     """For each matrix and rank, by its title: (seconds, differing share) of each solver, from cheap to dear."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        title = f"{row.case}, {row.m} x {row.n} {row.dtype}, rank {row.rank}"
+        shape = f"{row.m} x {row.n}"
+        title = row.case if shape in row.case else f"{row.case}, {shape} {row.dtype}, rank {row.rank}"
         found.setdefault(title, {}).setdefault(row.solver, []).append((row.elapsed_s, max(row.differing, LEAST)))
     return found
 

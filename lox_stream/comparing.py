@@ -18,11 +18,12 @@ from lox_stream.contenders import Contender, Found, Problem
 from lox_stream.kernels import lowrank_update
 from lox_stream.recomputing import BITS, rounded_once
 from lox_stream.reference import Bands, Leading
+from lox_stream.update import ROUNDED
 from lox_stream.workers import Workers
 
-ROUNDED = (torch.bfloat16, torch.float16)
 ENOUGH = 2e-5  # share of differing elements after which a sweep need not go on: float32 itself leaves 1e-5
-SLOW_S = 2.0  # a solve that takes this long is timed once
+COARSE = 1e-2  # share of differing elements over which a result is timed once
+SLOW_S = 2.0  # a solve that takes this long is timed once, too
 CORE_FLOPS = 8e10  # float32 LAPACK at 4096 x 4096, one core of an AMD EPYC (Zen 4)
 
 
@@ -135,37 +136,36 @@ def compare(
 ) -> Iterator[Measured | LeftOut]:
     """Run each solver at its knob's values, from cheap to dear, until its result is as good as float32 gives it.
 
-    Every setting runs once to be judged and then `repeats` times in turns with the others, unless it takes SLOW_S. A
-    solver that would take longer than `limit_s` is left out, or stops there.
+    Every setting runs once to be judged, and then `repeats` times in turns with the others, unless it is coarse or
+    slow. A solver that would take longer than `limit_s` is left out, or stops there.
     """
     problem = Problem(case.w1, case.w0, case.rank, alpha, seed, workers.run)
     judge = Judge(case.w1, case.w0, case.leading, case.rank, alpha)
-    quick: list[tuple[Measured, Callable[[], tuple[Found, float]]]] = []
+    judged: list[tuple[Measured, Callable[[], tuple[Found, float]]]] = []
     for contender in contenders:
         say(f"{case.name}, rank {case.rank}: {contender.name}")
         why = _excluded(contender, case, limit_s)
         if why:
             yield LeftOut(case.name, contender.name, why)
             continue
-        for value in contender.values:
+        for value in contender.sweep(case.w1.dtype):
             work = _work(contender, value, problem, workers)
             try:
                 row = _judged(case, contender, value, work, judge)
             except (RuntimeError, ArithmeticError, ValueError) as failure:  # LAPACK's and ARPACK's among them
                 yield LeftOut(case.name, contender.name, f"{contender.knob} {value:g}: {str(failure).splitlines()[0]}")
                 break
-            if row.elapsed_s < SLOW_S:
-                quick.append((row, work))
-            else:
-                yield row
+            judged.append((row, work))
             if row.differing <= ENOUGH or 2 * row.elapsed_s > limit_s:
                 break
-    times: list[list[float]] = [[] for _ in quick]
+    quick = [row.elapsed_s < SLOW_S and row.differing < COARSE for row, _ in judged]
+    times: list[list[float]] = [[] for _ in judged]
     for _ in range(repeats):
-        for (_, work), samples in zip(quick, times, strict=True):
-            samples.append(work()[1])
-    for (row, _), samples in zip(quick, times, strict=True):
-        yield replace(row, elapsed_s=statistics.median(samples), repeats=repeats)
+        for (_, work), samples, again in zip(judged, times, quick, strict=True):
+            if again:
+                samples.append(work()[1])
+    for (row, _), samples in zip(judged, times, strict=True):
+        yield replace(row, elapsed_s=statistics.median(samples), repeats=repeats) if samples else row
 
 
 def _excluded(contender: Contender, case: Case, limit_s: float) -> str:

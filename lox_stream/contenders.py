@@ -18,7 +18,7 @@ from torch import Tensor
 from lox_stream.delta import Delta, KeptDelta, operator
 from lox_stream.kernels.cpu import Run
 from lox_stream.options import Options
-from lox_stream.update import Matrix, Sample, Setting, Solved, solve_matrices
+from lox_stream.update import ROUNDED, Matrix, Sample, Setting, Solved, solve_matrices
 
 OVERSAMPLES = 10
 ITERATIONS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
@@ -68,6 +68,10 @@ class Contender:
     needs: str = ""  # a package that is not among our dependencies
     in_worker: bool = False  # computes in our threads, with torch at one thread in each
     flops: tuple[float, float] = (0.0, 0.0)  # of q p^2 and p^3, for what is cubic
+
+    def sweep(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """The knob's values; a tolerance means nothing for wide outputs."""
+        return self.values[:1] if self.knob == "tolerance" and dtype not in ROUNDED else self.values
 
     @property
     def installed(self) -> bool:

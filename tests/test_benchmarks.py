@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import subprocess
@@ -49,6 +50,41 @@ def test_the_stream_benchmark_measures_everything_and_leaves_nothing(tmp_path):
     assert min(pair["peak_anon_bytes"].values()) > 10 << 20, "a process with torch holds more"
     assert figures["command"] in results.read_text()
     assert list(work.iterdir()) == []
+
+
+def test_the_svd_benchmark_goes_on_where_it_was_and_writes_every_result(tmp_path):
+    results = tmp_path / "svd.md"
+    ran = smoke("bench_svd.py", "--work", str(tmp_path / "work"), "--results", str(results))
+    assert ran.returncode == 0, ran.stderr
+    figures = last_line(ran.stdout)
+    assert figures == json.loads(results.with_suffix(".json").read_text())
+    assert set(figures["verdicts"]) == {"0.9995", "0.9999"}
+    assert len(figures["verdicts"]["0.9995"]) == 2
+    assert len(list((tmp_path / "work").glob("*.pt"))) == 2
+    with results.with_suffix(".csv").open() as file:
+        assert {row["solver"] for row in csv.DictReader(file)} >= {"lox-stream", "full", "svds-arpack"}
+    assert all(results.with_suffix(suffix).stat().st_size > 10_000 for suffix in (".png", ".svg"))
+    again = smoke("bench_svd.py", "--work", str(tmp_path / "work"), "--only", "power*")
+    assert "the exact result" not in again.stderr
+    assert len(last_line(again.stdout)["verdicts"]["0.9995"]) == 1
+    assert smoke("bench_svd.py", "--only", "no such case").returncode == 2
+
+
+def test_planted_spectra_are_what_their_names_say():
+    bench_svd = benchmark("bench_svd")
+    s = bench_svd.spikes(700, 500, 6).double()
+    assert len(s) == 500
+    assert float(s[6] / s[5]) == pytest.approx(bench_svd.SPIKE_RATIO, abs=1e-3)
+    assert float(s[:6].square().sum() / s.square().sum()) == pytest.approx(bench_svd.SPIKE_ENERGY, abs=0.02)
+    for name, law in bench_svd.SPECTRA.items():
+        s = law(300, 200, 6)
+        assert len(s) == 200, name
+        assert bool((s[1:] <= s[:-1] + 1e-6).all()), name
+    for ratio in ("0.9", "0.97", "0.998"):
+        s = bench_svd.SPECTRA[f"ratio {ratio}"](300, 200, 6)
+        assert float(s[6] / s[5]) == pytest.approx(float(ratio), rel=1e-5)
+    assert len(bench_svd.one_at_a_time()) == 26
+    assert len(bench_svd.crossed()) == 11 * 6 * 3 * 4
 
 
 def test_the_kernel_benchmark_measures_each_kernel():
