@@ -22,9 +22,16 @@ def check_picture(path: Path) -> None:
     """Raise OptionError now for a picture that could not be written later."""
     if path.suffix not in SUFFIXES:
         raise OptionError(f"--picture {path}: expected a name that ends in .png or .svg")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"--picture {path}: the folder does not exist. Make it first")
+    check_file(path, "--picture")
     need("matplotlib", "--picture")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise OptionError now for a file that could not be written later."""
+    if path.is_dir():
+        raise OptionError(f"{option} {path}: is a folder, expected the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"{option} {path}: the folder does not exist. Make it first")
 
 
 def need(package: str, option: str) -> None:

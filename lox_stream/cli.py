@@ -265,7 +265,7 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
         aligned=aligned,
         tensors=tensors,
         ranks=numbers(given["rank"], "--rank", int, 1, 1 << 20),
-        solvers=tuple(name for name in given["solvers"].split(",") if name),
+        solvers=tuple(dict.fromkeys(name for name in given["solvers"].split(",") if name)),
         shares=tuple(percent / 100 for percent in numbers(given["share"], "--share", float, 1, 100)),
         per_shape=given["per_shape"],
         repeats=given["repeat"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lox_stream.charts import check_picture, need, picture, terminal_plot
+from lox_stream.charts import check_file, check_picture, need, picture, terminal_plot
 from lox_stream.errors import OptionError
 from lox_stream.messages import echo_json, escaped, warn
 from lox_stream.names import printable
@@ -44,9 +44,9 @@ class Request:
 
 
 def numbers(text: str, option: str, kind: type, least: float, most: float) -> tuple[Any, ...]:
-    """`6,16,64` as numbers; raises OptionError."""
+    """`6,16,64` as numbers, each once; raises OptionError."""
     try:
-        values = tuple(kind(part) for part in text.split(","))
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         values = ()
     if not values or not all(least <= value <= most for value in values):
@@ -60,8 +60,8 @@ def carry_out(request: Request) -> int:
         check_picture(path)
     if request.plot:
         need("plotext", "--plot")
-    if request.table is not None and not request.table.absolute().parent.is_dir():
-        raise OptionError(f"--csv {request.table}: the folder does not exist. Make it first")
+    if request.table is not None:
+        check_file(request.table, "--csv")
     with Interruption(lambda: "stopped"):
         made = plan(request.base, request.aligned, options=Options(device=request.device))
         from lox_stream.comparing import LeftOut, Measured

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,7 +182,7 @@ class _Counting:
 
     def _product(self, by: Callable[[Tensor], Tensor], x):  # type: ignore[no-untyped-def]
         self.passes += 1
-        columns = torch.from_numpy(x.reshape(len(x), -1)).float()
+        columns = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1), np.float32))
         return by(columns).numpy().reshape(-1, *x.shape[1:])
 
 
