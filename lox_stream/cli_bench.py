@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +15,12 @@ from lox_stream.errors import OptionError
 from lox_stream.messages import echo_json, escaped, warn
 from lox_stream.names import printable
 from lox_stream.options import Options
-from lox_stream.planning import plan
+from lox_stream.planning import Plan, plan
 from lox_stream.rendering import console_of, solver_table
 from lox_stream.signals import Interruption
+
+if TYPE_CHECKING:
+    from lox_stream.comparing import LeftOut, Measured
 
 ALPHA = 1.25
 
@@ -68,17 +71,16 @@ def carry_out(request: Request) -> int:
         from lox_stream.device import check_device
 
         check_device(made.options)
-        rows: list[Measured] = []
-        out: list[LeftOut] = []
-        for result in _measured(request, made):
-            (rows if isinstance(result, Measured) else out).append(result)
+        results = list(_measured(request, made))
+        rows = [result for result in results if isinstance(result, Measured)]
+        out = [result for result in results if isinstance(result, LeftOut)]
         _write(request, rows)
         _show(request, rows, out)
         warn(made.warnings)
     return 0
 
 
-def _measured(request: Request, made: Any) -> Any:
+def _measured(request: Request, made: Plan) -> Iterator[Measured | LeftOut]:
     """Every result, with what is going on on stderr."""
     from lox_stream.cases import choose, load
     from lox_stream.comparing import Case, LeftOut, compare
@@ -121,7 +123,7 @@ def _say(text: str) -> None:
     click.echo(escaped(text), err=True)
 
 
-def _write(request: Request, rows: Sequence[Any]) -> None:
+def _write(request: Request, rows: Sequence[Measured]) -> None:
     if request.table is not None:
         write_csv(request.table, rows)
         _say(f"wrote {request.table}")
@@ -130,7 +132,7 @@ def _write(request: Request, rows: Sequence[Any]) -> None:
         _say(f"wrote {path}")
 
 
-def write_csv(path: Path, rows: Sequence[Any]) -> None:
+def write_csv(path: Path, rows: Sequence[Measured]) -> None:
     """One line for each solver, value of its knob, matrix and rank; the heads are the fields of Measured."""
     from lox_stream.comparing import Measured
 
@@ -140,7 +142,7 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def _show(request: Request, rows: Sequence[Any], out: Sequence[Any]) -> None:
+def _show(request: Request, rows: Sequence[Measured], out: Sequence[LeftOut]) -> None:
     from lox_stream.comparing import ranking, verdict
 
     verdicts = {f"{share:g}": verdict(rows, share) for share in request.shares}

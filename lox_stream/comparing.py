@@ -69,7 +69,7 @@ class Judge:
     """Measures results against the float64 triplets of one matrix."""
 
     def __init__(self, w1: Tensor, w0: Tensor, leading: Leading, rank: int, alpha: float) -> None:
-        self.rank, self.alpha = rank, alpha
+        self.alpha = alpha
         self._w1, self._delta = w1, Bands(w1, w0)
         self._dtype = w1.dtype if w1.dtype in ROUNDED else torch.bfloat16
         self._u, self._s, self._v = leading.u[:, :rank], leading.s[:rank], leading.vh[:rank].T

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from lox_stream.delta import Delta, KeptDelta, operator
 from lox_stream.kernels.cpu import Run
 from lox_stream.options import Options
 from lox_stream.update import ROUNDED, Matrix, Sample, Setting, Solved, solve_matrices
+
+Array = npt.NDArray[np.float32]
 
 OVERSAMPLES = 10
 ITERATIONS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
@@ -174,16 +177,17 @@ class _Counting:
         self.op, self.shape = op, op.shape
         self.passes = 0
 
-    def matmul(self, x):  # type: ignore[no-untyped-def]
+    def matmul(self, x: Array) -> Array:
         return self._product(self.op.matmul, x)
 
-    def rmatmul(self, y):  # type: ignore[no-untyped-def]
+    def rmatmul(self, y: Array) -> Array:
         return self._product(self.op.rmatmul, y)
 
-    def _product(self, by: Callable[[Tensor], Tensor], x):  # type: ignore[no-untyped-def]
+    def _product(self, by: Callable[[Tensor], Tensor], x: Array) -> Array:
         self.passes += 1
         columns = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1), np.float32))
-        return by(columns).numpy().reshape(-1, *x.shape[1:])
+        product: Array = by(columns).numpy().reshape(-1, *x.shape[1:])
+        return product
 
 
 CONTENDERS = {

@@ -16,6 +16,7 @@ from lox_stream import comparing
 from lox_stream.cli import commands
 from lox_stream.comparing import Case, Judge, LeftOut, Measured, PeakMemory, compare, fastest, ranking, verdict
 from lox_stream.contenders import CONTENDERS, Contender, Found, Problem
+from lox_stream.errors import DataError
 from lox_stream.kernels.cpu import in_order
 from lox_stream.reference import Bands, leading
 from lox_stream.synthetic import llama_shapes, matrix, pair_of, power_law, write_pair
@@ -67,6 +68,13 @@ def test_the_reference_is_lapacks_full_svd(shape, rank, spectrum):
     part, exact = ((x.u[:, :rank] * x.s[:rank]) @ x.vh[:rank] for x in (iterated, full))
     assert float((part - exact).norm()) <= 1e-9 * float(exact.norm())
     assert iterated.gap(rank) == pytest.approx(full.gap(rank), abs=1e-10)
+
+
+def test_a_reference_that_does_not_settle_is_an_error_and_no_reference(monkeypatch):
+    monkeypatch.setattr("lox_stream.reference.MOST_STEPS", 2)
+    w0, w1 = pair_of(300, 200, generator())
+    with pytest.raises(DataError, match="did not settle in 2 steps"):
+        leading(Bands(w1, w0), RANK, lapack_up_to=0)
 
 
 def test_a_reference_in_bands_is_the_same(monkeypatch):
