@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from harness import Table, Timing, WrongResult, alternate, cores, finish, say
+from harness import Table, Timing, WrongResult, alternate, cores, finish, parsed, say
 from oracle import rounded_once, same_bits, ulp
 from torch import Tensor
 
@@ -145,27 +142,6 @@ def _require(holds: bool, what: str) -> None:
         raise WrongResult(what)
 
 
-def inside(workers: Workers, work: Callable[[], Any]) -> Any:
-    """Do `work` as a job of the workers, where each thread computes on one torch thread, and return its result."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
-    done = threading.Event()
-
-    def job() -> None:
-        try:
-            results.append(work())
-        except BaseException as problem:
-            errors.append(problem)
-        done.set()
-
-    with workers:
-        workers.submit(job)
-        done.wait()  # on leaving, workers that are idle end
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
 def measure(data: Data, threads: int, repeats: int) -> dict[str, Timing]:
     """Seconds of each kernel over the whole matrix, in turns."""
     workers = Workers(threads)
@@ -181,8 +157,8 @@ def measure(data: Data, threads: int, repeats: int) -> dict[str, Timing]:
         "lowrank_update nearest": lambda: update(data, run, None),
         "lowrank_update stochastic": lambda: update(data, run, KEY),
     }
-    timings: dict[str, Timing] = inside(workers, lambda: alternate(repeats, works))
-    return timings
+    with workers:  # each thread of which computes on one torch thread
+        return workers.call(lambda: alternate(repeats, works))
 
 
 def table(m: int, n: int, columns: Mapping[int, Mapping[str, Timing]]) -> Table:
@@ -203,13 +179,8 @@ def table(m: int, n: int, columns: Mapping[int, Mapping[str, Timing]]) -> Table:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=31, help="repetitions (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a small matrix, one repetition")
-    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
-    args = parser.parse_args(argv)
-    if args.repeat < 1:
-        parser.error(f"--repeat is {args.repeat}, expected 1 or more")
-    return args
+    return parsed(parser, argv, 31)
 
 
 def main(argv: list[str] | None = None) -> int:

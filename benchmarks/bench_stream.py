@@ -31,7 +31,7 @@ from typing import Any
 import disk
 import pairs
 import torch
-from harness import ROOT, Table, Timing, WrongResult, busy_s, cores, finish, others_share, say
+from harness import ROOT, Table, Timing, WrongResult, busy_s, cores, finish, others_share, parsed, say
 from naive import naive
 from oracle import Weights, agreement, same_bits
 from torch import Tensor
@@ -319,18 +319,14 @@ def record(r: Measured) -> dict[str, Any]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(pairs.MODELS), help="pairs to measure (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="one repetition on a tiny pair")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder of the pairs (12 GB free)")
     parser.add_argument("--keep", action="store_true", help="keep the pairs that were made; found ones stay anyway")
-    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv, 3)
     args.models = [pairs.SMOKE] if args.smoke else [pairs.MODELS.get(name) for name in args.only.split(",")]
     if None in args.models:
         parser.error(f"--only is {args.only!r}, expected some of {', '.join(pairs.MODELS)} with commas between")
     args.repeat = 1 if args.smoke else args.repeat
-    if args.repeat < 1:
-        parser.error(f"--repeat is {args.repeat}, expected 1 or more")
     return args
 
 

@@ -3,6 +3,7 @@ tables for people, then one JSON line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -208,6 +209,16 @@ def _preamble(record: Mapping[str, Any]) -> str:
         f"{about['commit']}. Medians, in brackets p20 to p80.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None, repeats: int) -> argparse.Namespace:
+    """The arguments, with --repeat (default `repeats`) and --results, which every benchmark of times has."""
+    parser.add_argument("--repeat", type=int, default=repeats, help="repetitions (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
+    args = parser.parse_args(argv)
+    if args.repeat < 1:
+        parser.error(f"--repeat is {args.repeat}, expected 1 or more")
+    return args
 
 
 def say(message: str) -> None:

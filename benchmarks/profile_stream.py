@@ -24,7 +24,7 @@ from unittest import mock
 import pairs
 import torch
 from bench_stream import ALPHA, RANK, Discard
-from harness import ROOT, Table, Timing, finish
+from harness import ROOT, Table, Timing, finish, parsed
 
 from lox_stream import Options, bases, delta, krylov, plan, processing, svd, update
 from lox_stream.pipeline import compute
@@ -104,13 +104,11 @@ def table(name: str, stages: dict[str, Timing], whole: Timing) -> Table:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="135m", choices=list(pairs.MODELS), help="the pair (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="one repetition on a tiny pair")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "bench", help="folder of the pairs; they are kept"
     )
-    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv, 3)
     model = pairs.SMOKE if args.smoke else pairs.MODELS[args.only]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if args.smoke else args.work

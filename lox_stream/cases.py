@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lox_stream.delta import first_not_finite
 from lox_stream.errors import DataError, OptionError
-from lox_stream.matching import Step
+from lox_stream.matching import Step, matrix_name
 from lox_stream.names import listing, matches, near_misses, printable, unmatched
 from lox_stream.planning import Plan
 from lox_stream.processing import stacked
@@ -26,7 +26,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        return self.step.name if self.step.count == 1 else f"{self.step.name}[{self.index}]"
+        return matrix_name(self.step, self.index)
 
 
 def choose(plan: Plan, globs: Sequence[str], per_shape: int, seed: int) -> list[Choice]:

@@ -105,10 +105,11 @@ def _measured(request: Request, made: Plan) -> Iterator[Measured | LeftOut]:
                 yield LeftOut(choice.name, "all", why)
                 continue
             _say(f"{choice.name}: the exact result, in float64")
-            exact = leading(Bands(w1, w0), max(ranks))
+            delta = Bands(w1, w0)
+            exact = leading(delta, max(ranks))
             for rank in ranks:
                 yield from compare(
-                    Case(choice.name, w1, w0, rank, exact),
+                    Case(choice.name, delta, rank, exact),
                     contenders,
                     workers,
                     alpha=ALPHA,
@@ -143,7 +144,7 @@ def write_csv(path: Path, rows: Sequence[Measured]) -> None:
 
 
 def _show(request: Request, rows: Sequence[Measured], out: Sequence[LeftOut]) -> None:
-    from lox_stream.comparing import ranking, verdict
+    from lox_stream.comparing import fastest, ranking, verdict
 
     verdicts = {f"{share:g}": verdict(rows, share) for share in request.shares}
     if request.as_json:
@@ -158,9 +159,10 @@ def _show(request: Request, rows: Sequence[Measured], out: Sequence[LeftOut]) ->
         )
         return
     console = console_of()
-    matrices = list(dict.fromkeys((row.case, row.rank) for row in rows))
-    for case, rank in matrices:
-        console.print(solver_table([row for row in rows if (row.case, row.rank) == (case, rank)], request.shares[0]))
+    share = request.shares[0]
+    for matrix in dict.fromkeys((row.case, row.rank) for row in rows):
+        some = [row for row in rows if (row.case, row.rank) == matrix]
+        console.print(solver_table(some, fastest(some, share), share))
     for one in out:
         click.echo(escaped(f"left out: {one.solver} on {one.case}: {one.why}"))
     if request.plot and rows:

@@ -68,10 +68,10 @@ class LeftOut:
 class Judge:
     """Measures results against the float64 triplets of one matrix."""
 
-    def __init__(self, w1: Tensor, w0: Tensor, leading: Leading, rank: int, alpha: float) -> None:
+    def __init__(self, delta: Bands, leading: Leading, rank: int, alpha: float) -> None:
         self.alpha = alpha
-        self._w1, self._delta = w1, Bands(w1, w0)
-        self._dtype = w1.dtype if w1.dtype in ROUNDED else torch.bfloat16
+        self._delta, self._w1 = delta, delta.w1
+        self._dtype = delta.w1.dtype if delta.w1.dtype in ROUNDED else torch.bfloat16
         self._u, self._s, self._v = leading.u[:, :rank], leading.s[:rank], leading.vh[:rank].T
         self._exact = [self._exactly(band) for band in self._delta.slices]
 
@@ -117,8 +117,7 @@ class Case:
     """A matrix to compare on."""
 
     name: str
-    w1: Tensor
-    w0: Tensor
+    delta: Bands
     rank: int
     leading: Leading  # `rank` + 1 triplets at least
 
@@ -139,8 +138,8 @@ def compare(
     Every setting runs once to be judged, and then `repeats` times in turns with the others, unless it is coarse or
     slow. A solver that would take longer than `limit_s` is left out, or stops there.
     """
-    problem = Problem(case.w1, case.w0, case.rank, alpha, seed, workers.run)
-    judge = Judge(case.w1, case.w0, case.leading, case.rank, alpha)
+    problem = Problem(case.delta.w1, case.delta.w0, case.rank, alpha, seed, workers.run)
+    judge = Judge(case.delta, case.leading, case.rank, alpha)
     judged: list[tuple[Measured, Callable[[], tuple[Found, float]]]] = []
     for contender in contenders:
         say(f"{case.name}, rank {case.rank}: {contender.name}")
@@ -148,7 +147,7 @@ def compare(
         if why:
             yield LeftOut(case.name, contender.name, why)
             continue
-        for value in contender.sweep(case.w1.dtype):
+        for value in contender.sweep(case.delta.w1.dtype):
             work = _work(contender, value, problem, workers)
             try:
                 row = _judged(case, contender, value, work, judge)
@@ -171,7 +170,7 @@ def compare(
 def _excluded(contender: Contender, case: Case, limit_s: float) -> str:
     if not contender.installed:
         return f"needs {contender.needs}: pip install 'lox-stream[bench]'"
-    expected_s = contender.cubic_flops(*case.w1.shape) / (CORE_FLOPS * (os.cpu_count() or 1))
+    expected_s = contender.cubic_flops(*case.delta.w1.shape) / (CORE_FLOPS * (os.cpu_count() or 1))
     if expected_s > limit_s:
         return f"would take about {expected_s:.0f} s, over the limit of {limit_s:g} s"
     return ""
@@ -193,12 +192,12 @@ def _judged(
 ) -> Measured:
     with PeakMemory() as memory:
         found, elapsed_s = work()
-    m, n = case.w1.shape
+    m, n = case.delta.w1.shape
     return Measured(
         case=case.name,
         m=m,
         n=n,
-        dtype=str(case.w1.dtype).removeprefix("torch."),
+        dtype=str(case.delta.w1.dtype).removeprefix("torch."),
         rank=case.rank,
         gap=case.leading.gap(case.rank),
         solver=contender.name,

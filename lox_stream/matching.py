@@ -103,6 +103,11 @@ def _weight_problems(
     ]
 
 
+def matrix_name(step: Step, index: int) -> str:
+    """The tensor's name, with [index] where it is a stack of several matrices."""
+    return step.name if step.count == 1 else f"{step.name}[{index}]"
+
+
 def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
     """A message for each glob that matches no tensor, with those that may have been meant."""
     problems = []

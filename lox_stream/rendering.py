@@ -7,7 +7,7 @@ an order to the terminal.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -223,11 +223,8 @@ def comparison_table(compared: Sequence[Comparison]) -> Group:
     return table_of("Against a full SVD in float64", columns, rows, right=(3, 4, 5, 6))
 
 
-def solver_table(rows: Sequence[Measured], share: float) -> Group:
-    """Solvers on one matrix, each at the fastest of its settings that has `share` right; a miss has no time."""
-    from lox_stream.comparing import fastest
-
-    reached = fastest(rows, share)
+def solver_table(rows: Sequence[Measured], reached: Mapping[str, Measured], share: float) -> Group:
+    """Solvers on one matrix; `reached` has the fastest result of each that has `share` right, a miss has no time."""
     best = {row.solver: row for row in sorted(rows, key=lambda row: -row.differing)}  # the least that differs
     shown = sorted(reached.values(), key=lambda row: row.elapsed_s)
     shown += [row for solver, row in best.items() if solver not in reached]

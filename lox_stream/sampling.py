@@ -15,7 +15,7 @@ from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.costs import exact_bytes
 from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import read_manifest
-from lox_stream.matching import Step
+from lox_stream.matching import Step, matrix_name
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options
 from lox_stream.planning import Plan, plan
@@ -38,7 +38,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return self.step.name if self.step.count == 1 or self.copied else f"{self.step.name}[{self.index}]"
+        return self.step.name if self.copied else matrix_name(self.step, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def weights():
 @pytest.fixture(scope="module")
 def case(weights):
     w0, w1 = weights
-    return Case("w", w1, w0, RANK, leading(Bands(w1, w0), RANK))
+    delta = Bands(w1, w0)
+    return Case("w", delta, RANK, leading(delta, RANK))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_each_solver_finds_the_rank_k_part_at_its_dearest(name, shape):
     assert found.u.shape == (shape[0], RANK)
     assert found.vh.shape == (RANK, shape[1])
     assert torch.allclose(found.s.double(), exact.s[:RANK], rtol=1e-3)
-    right = Judge(w1, w0, exact, RANK, 1.25).measure(found)
+    right = Judge(Bands(w1, w0), exact, RANK, 1.25).measure(found)
     assert right["error"] < 2e-3
     assert right["differing"] < 2e-3
 
@@ -109,7 +110,7 @@ def test_scipy_is_given_our_operator_for_the_smallest_matrices_too(name):
     """There it solves densely, by products with arrays whose strides are negative."""
     w0, w1 = pair_of(30, 20, generator())
     found = CONTENDERS[name].solve(Problem(w1, w0, RANK, 1.25, 1, in_order), CONTENDERS[name].values[-1])
-    assert Judge(w1, w0, leading(Bands(w1, w0), RANK), RANK, 1.25).measure(found)["error"] < 1e-4
+    assert Judge(Bands(w1, w0), leading(Bands(w1, w0), RANK), RANK, 1.25).measure(found)["error"] < 1e-4
 
 
 def test_the_judge_measures_what_it_says(case):
@@ -119,18 +120,16 @@ def test_the_judge_measures_what_it_says(case):
     turn = 0.01
     u[:, -1] = math.cos(turn) * u[:, -1] + math.sin(turn) * exact.u[:, RANK]
     vh[-1] = math.cos(turn) * vh[-1] + math.sin(turn) * exact.vh[RANK]
-    right = Judge(case.w1, case.w0, exact, RANK, 1.25).measure(Found(u, s, vh))
+    right = Judge(case.delta, exact, RANK, 1.25).measure(Found(u, s, vh))
     part, found = (exact.u[:, :RANK] * s) @ exact.vh[:RANK], (u * s) @ vh
-    delta = case.w1.double() - case.w0.double()
+    delta = case.delta.w1.double() - case.delta.w0.double()
     assert right["error"] == pytest.approx(float((found - part).norm() / part.norm()), rel=1e-6)
     assert right["angle"] == pytest.approx(turn, rel=1e-9)
     lost = 1 - float((delta @ vh.T).square().sum() / s.square().sum())
     assert right["energy_lost"] == pytest.approx(lost, rel=1e-6)
-    out, true = ((case.w1.double() + 1.25 * x).bfloat16() for x in (found, part))
+    out, true = ((case.delta.w1.double() + 1.25 * x).bfloat16() for x in (found, part))
     assert right["differing"] == pytest.approx(float((out != true).double().mean()), abs=2e-4)
-    assert (
-        Judge(case.w1, case.w0, exact, RANK, 1.25).measure(Found(exact.u[:, :RANK], s, exact.vh[:RANK]))["error"] < 1e-7
-    )
+    assert Judge(case.delta, exact, RANK, 1.25).measure(Found(exact.u[:, :RANK], s, exact.vh[:RANK]))["error"] < 1e-7
 
 
 def test_a_sweep_ends_where_float32_does_and_a_failure_is_said(case):
