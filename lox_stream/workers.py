@@ -100,16 +100,18 @@ class Workers:
 
         Only for use inside a job. Raises the first error of a task, or `Cancelled`.
         """
+        if count == 1:
+            self.check()
+            task(0)
+            return
         group = _Group(task, count)
-        if count > 1:
-            with self._changed:
-                self._groups.append(group)
-                self._changed.notify(count - 1)
+        with self._changed:
+            self._groups.append(group)
+            self._changed.notify(count - 1)
         while self._advance(group):
             pass
         with self._changed:
-            if count > 1:
-                self._groups.remove(group)
+            self._groups.remove(group)
             self._changed.wait_for(lambda: group.running == 0)
         if group.error is not None:
             raise group.error
