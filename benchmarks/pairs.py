@@ -50,7 +50,7 @@ MODELS = {
         Model("4096", _layers_only(llama_shapes(4096, 14336, 2, 64, 1024)), target=80),
     )
 }
-SMOKE = Model("smoke", llama_shapes(96, 128, 2, 300, 48, tied=False), 1, 2)
+SMOKE = Model("smoke", llama_shapes(128, 160, 2, 300, 48, tied=False), 1, 2)
 TINY = Model("tiny", {"weight": (64, 64)})  # whose run is nothing but start-up
 
 

@@ -39,7 +39,7 @@ STAGES: tuple[tuple[str, bool, tuple[tuple[Any, str], ...]], ...] = (
     ("Gram matrices", True, ((krylov.Space, "append"),)),
     ("eigenvalues", True, ((torch.linalg, "eigh"),)),
     ("projections", True, ((bases, "off"),)),
-    ("normalising", False, ((bases, "normalising"), (krylov, "normalising"), (krylov, "orthonormal"))),
+    ("normalising", False, ((bases, "normalising"), (krylov, "orthonormal"))),
     ("looks and half steps", False, ((krylov.Space, "look"), (krylov.Space, "_half_step"))),
     ("rest of the solver", False, ((svd, "iterate"), (update, "truncated_svds"))),
     ("tiles out, facts", False, ((update, "_emit_tiles"), (update, "_facts"))),

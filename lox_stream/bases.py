@@ -1,36 +1,40 @@
 """Orthonormal rows in float32, for stacks of blocks that go in step: what is dropped becomes a row of zeros.
 
-Source: Stathopoulos & Wu 2002 (SVQB), Cholesky where that is safe; Parlett 1980 ("twice is enough") for projecting.
+Source: Stathopoulos & Wu 2002 (SVQB); Parlett 1980 ("twice is enough") for projecting.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
 DEFLATION = 8 * EPS  # directions below this share of the largest are rounding, not matrix
-WELL_APART = 1e-3  # least pivot of a Gram matrix's Cholesky factor: its inverse then costs three digits of float64's 16
 MUCH_LEFT = 1e-2  # share of a row that a projection leaves at least, for it to be off the others by 1e-5
 
 
-def orthonormal(block: Tensor, old: Tensor, norm: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormal(block: Tensor, old: Tensor, norm: Sequence[float], room: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Orthonormal rows that, with the orthonormal rows `old` (c, q, length), span those of `block` (c, b, length) too.
 
-    Directions of `block` outside `old` under DEFLATION of `norm` (c,), or of the longest row, are dropped, and so are
-    the weakest ones over `room` (c,): rows of zeros stand in their place, and the second result (c, b) is False there.
+    Directions of `block` outside `old` under DEFLATION of its `norm`, or of its longest row, are dropped, and so are
+    the weakest ones over its `room`: rows of zeros stand in their place. The second result tells how many are left.
     A second projection removes, at unit length, what cancellation left of the old rows; where that was much, the rows
     are normalised again.
     """
     wide = off(block, old).double()
-    turn, solid, left = normalising(wide @ wide.mT, norm, room)
+    turn, found, left = normalising(wide @ wide.mT, norm, room)
     block = off((turn @ wide).float(), old)
-    little = left < MUCH_LEFT
-    if bool(little.any()):
+    little = [i for i, share in enumerate(left) if share < MUCH_LEFT]
+    if little:
         wide = block[little].double()
-        turn, solid[little], _ = normalising(wide @ wide.mT, torch.ones_like(norm[little]), room[little])
+        turn, again, _ = normalising(wide @ wide.mT, [1.0] * len(little), [found[i] for i in little])
         block[little] = (turn @ wide).float()
-    return block, solid
+        for i, count in zip(little, again, strict=True):
+            found[i] = count
+    return block, found
 
 
 def off(block: Tensor, old: Tensor) -> Tensor:
@@ -38,32 +42,22 @@ def off(block: Tensor, old: Tensor) -> Tensor:
     return torch.baddbmm(block, block @ old.mT, old, alpha=-1) if old.shape[1] else block
 
 
-def normalising(gram: Tensor, norm: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalising(gram: Tensor, norm: Sequence[float], room: Sequence[int]) -> tuple[Tensor, list[int], list[float]]:
     """Matrices T (c, b, b) that make rows with these Gram matrices (c, b, b) orthonormal, but for rows of zeros.
 
-    Also which rows T makes (c, b), and the least share (c,) of `norm` that a given row has outside the others.
+    Also how many rows T makes, and the least share of `norm`, or of the longest row, that the given ones have in one
+    of these directions.
 
-    The Cholesky factor serves where the rows are well apart; else the eigenvectors do (SVQB), which show the rank and
-    cannot fail; without scaling the rows, so that one that is all rounding has no weight.
+    By eigenvectors, which show the rank and cannot fail; without scaling the rows, so that one that is all rounding
+    has no weight. Some numbers of each matrix are done in Python, which takes no longer than a call of torch does.
     """
-    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
-    norm = torch.maximum(norm, lengths.amax(1))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=1, dim2=2)
-    apart = (failed == 0) & ((pivots / lengths).amin(1) > WELL_APART)
-    apart &= (lengths.amin(1) * WELL_APART > DEFLATION * norm) & (room >= gram.shape[1])
-    turn = torch.linalg.solve_triangular(factor, torch.eye(gram.shape[1], dtype=gram.dtype), upper=False)
-    solid, left = torch.ones_like(lengths, dtype=torch.bool), pivots.amin(1) / norm
-    if not bool(apart.all()):
-        near = ~apart
-        turn[near], solid[near] = _by_eigenvectors(gram[near], DEFLATION * norm[near], room[near])
-        left[near] = 0.0
-    return turn, solid, left
-
-
-def _by_eigenvectors(gram: Tensor, floor: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
-    roots = values.clamp(min=0).sqrt()
-    count = gram.shape[1]
-    solid = (roots > floor[:, None]) & (torch.arange(count) >= count - room[:, None])  # eigenvalues ascend
-    return (vectors * torch.where(solid, 1 / roots, 0.0)[:, None]).mT, solid
+    inverses, found, left = [], [], []
+    for squares, least, most in zip(values.tolist(), norm, room, strict=True):
+        lengths = [math.sqrt(max(square, 0.0)) for square in squares]  # ascending
+        largest = max(least, lengths[-1])
+        kept = [length for length in lengths if length > DEFLATION * largest][-most:] if most else []
+        inverses.append([0.0] * (len(lengths) - len(kept)) + [1 / length for length in kept])
+        found.append(len(kept))
+        left.append(kept[0] / largest if kept else 1.0)
+    return torch.tensor(inverses, dtype=gram.dtype).view(-1, gram.shape[1], 1) * vectors.mT, found, left

@@ -26,6 +26,7 @@ class Watch:
         self.squared_norm = 0.0
         self.missed = 0.0  # |A - A P P'|_F
         self.noise = 1.0  # condition of the blocks that were multiplied by A'A at once: rounding grows with it
+        self.blocks = 0  # in the space, each with its own rounding
         self.exhausted = self.halved = False
 
     def look(self, step: float, trace: float, s: list[float], shares: list[float], squared_norm: float) -> None:
@@ -33,7 +34,7 @@ class Watch:
         values = [value for value in s if value > 0]
         self.steps.append(math.sqrt(max(step, 0.0)))
         self.norm = values[0] if values else 0.0
-        self.missed = math.sqrt(max(squared_norm - trace, 0.0))
+        self.missed = math.sqrt(max(squared_norm - trace, 0.0) + ROUNDING * squared_norm)  # of either sum
         radius = [
             share / value * self.missed + self._rounding(value) for value, share in zip(values, shares, strict=False)
         ]
@@ -44,7 +45,7 @@ class Watch:
 
     def _rounding(self, value: float) -> float:
         """What float32, and the directions that were dropped, leave in the residual of a value."""
-        return self.noise * (ROUNDING + DEFLATION * self.norm / value) * self.norm
+        return math.sqrt(max(self.blocks, 1)) * self.noise * (ROUNDING + DEFLATION * self.norm / value) * self.norm
 
     def exhaust(self) -> None:
         """The space is invariant: the last look saw the matrix itself, up to rounding."""

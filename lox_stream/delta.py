@@ -87,7 +87,7 @@ class KeptDelta:
         self.run = run
         self.scale = _scale_for(rms, w1, w0)
         self.turned = w1.shape[0] < w1.shape[1]
-        self._dense = torch.empty(w1.shape, dtype=torch.float32)
+        self.dense = torch.empty(w1.shape, dtype=torch.float32)  # (W1 - W0) * scale
         self._squares = self._form(w1, w0)
         scale = _better_scale(self._squares, w1, w0, run)
         if scale is not None:
@@ -100,12 +100,12 @@ class KeptDelta:
         for top in range(0, w1.shape[0], rows):
             for left in range(0, w1.shape[1], columns):
                 tile = slice(top, top + rows), slice(left, left + columns)
-                squares.append(sum_of_squares(self._dense[tile].copy_(difference(w1[tile], w0[tile], self.scale))))
+                squares.append(sum_of_squares(self.dense[tile].copy_(difference(w1[tile], w0[tile], self.scale))))
         return _sum(squares)
 
     @property
     def shape(self) -> tuple[int, int]:
-        short, long = sorted(self._dense.shape)
+        short, long = sorted(self.dense.shape)
         return long, short
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -128,10 +128,10 @@ class KeptDelta:
         return product[0]
 
     def _columns(self, x: Tensor) -> Tensor:
-        return torch.mm(x.T, self._dense.T).T
+        return torch.mm(x.T, self.dense.T).T
 
     def _rows(self, y: Tensor) -> Tensor:
-        return torch.mm(y.T, self._dense).T
+        return torch.mm(y.T, self.dense).T
 
     def squared_norm(self) -> float:
         """|delta * scale|_F^2."""

@@ -14,16 +14,18 @@ call for all of them. Each has the bits that it has alone, whatever its companio
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
 
-from lox_stream.bases import DEFLATION, normalising, off, orthonormal
+from lox_stream.bases import DEFLATION, off, orthonormal
 from lox_stream.convergence import Enough, Watch
 from lox_stream.costs import GRAM_COLUMNS
 from lox_stream.errors import DataError
 from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, power_of_two
 
+FIRST_LOOK = 10  # columns over the rank, before which the leading part is not worth a look
 EVEN = 32.0  # condition of a block's images up to which they are multiplied by A' as they are
 
 
@@ -36,6 +38,10 @@ class Run:
         self.watch = Watch(rank)
         self.passes = 0
         self.normal: Normal | None = getattr(op, "normal", None)
+        self.back: Tensor | None = None  # A' times the newest images, where they were multiplied at once
+        self.room = op.shape[1]  # dimensions left: rounding must not pass for more of them
+        self.norm = 0.0  # of A * scale, from below
+        self.trace = 0.0  # |A P|_F^2
         self.factors: tuple[Tensor, Tensor, Tensor] | None = None  # u', s, v'
         self._generator = generator
         self._enough = enough
@@ -54,13 +60,15 @@ class Run:
             rows = self.backward(random)
         return rows
 
-    def forward(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images of the rows of `block` (width, n) and, unless this seems to be the last step, A' times them."""
+    def forward(self, block: Tensor, *, last: bool = False) -> Tensor:
+        """Images of the rows of `block` (width, n); `back` is A' times them unless this is the `last` step."""
         self.passes += 1
-        if self.normal is not None and not self.watch.one_to_go(self.enough):
-            image, back = self.normal(block.T)
-            return image.T, back.T
-        return self.op.matmul(self._scaled(block).T).T, None
+        if self.normal is None or last:
+            self.back = None
+            return self.op.matmul(self._scaled(block).T).T
+        image, back = self.normal(block.T)
+        self.back = back.T
+        return image.T
 
     def backward(self, rows: Tensor) -> Tensor:
         """A' times each of `rows` (width, m)."""
@@ -82,71 +90,67 @@ class Run:
 def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
     """Grow the spaces of all runs, block by block; each leaves when it is done."""
     space = Space(runs[0].op.shape, len(runs), rank, columns)
-    block, solid = _first_block(runs, width, space)
+    block, found = _first_block(runs, width, space)
     while runs:
-        spent = [not some for some in solid.any(1).tolist()]
+        spent = [count == 0 for count in found]
         if any(spent):
-            _exhaust(runs, spent)
-            runs, stay = space.leave(runs, spent)
-            block, solid = block[stay], solid[stay]
+            runs, stay = space.leave_exhausted(runs, spent)
+            block, found = block[stay], [found[i] for i in stay]
             continue
-        products = [run.forward(rows) for run, rows in zip(runs, block, strict=True)]
-        space.append(block, solid, torch.stack([image for image, _ in products]))
-        space.look(runs)
-        whole = (space.room <= 0).tolist()
-        _exhaust(runs, whole)
-        full = space.size + width > columns
-        ends = [full or end or run.watch.settled(run.enough) for run, end in zip(runs, whole, strict=True)]
-        runs, stay = space.leave(runs, ends)
+        full = space.size + 2 * width > columns
+        due = full or space.size + width >= rank + FIRST_LOOK
+        images = [
+            run.forward(rows, last=due and run.watch.one_to_go(run.enough))
+            for run, rows in zip(runs, block, strict=True)
+        ]
+        space.append(runs, block, found, torch.stack(images))
+        runs, _ = space.leave_exhausted(runs, [run.room == 0 for run in runs])
+        if due and runs:
+            space.look(runs)
+            runs, _ = space.leave(runs, [full or run.watch.settled(run.enough) for run in runs])
         if runs:
-            runs, block, solid = space.next_block(runs, [products[i][1] for i in stay])
+            runs, block, found = space.next_block(runs, looked=due)
 
 
-def _first_block(runs: list[Run], width: int, space: Space) -> tuple[Tensor, Tensor]:
+def _first_block(runs: list[Run], width: int, space: Space) -> tuple[Tensor, list[int]]:
     """Random rows times A', and times A'A: the second product costs what a step does and none of its columns.
 
     Measured on 36 deltas of training and planted spectra: as many passes as with both blocks in the basis, or 2 % more.
     """
-    none, norm = space.basis[:, :0], torch.zeros(len(runs), dtype=torch.float64)
-    block, _ = orthonormal(torch.stack([run.start(width) for run in runs]), none, norm, space.room)
-    products = [run.forward(rows) for run, rows in zip(runs, block, strict=True)]
-    images = torch.stack([image for image, _ in products])
+    none, norm, room = space.basis[:, :0], [0.0] * len(runs), [run.room for run in runs]
+    block, _ = orthonormal(torch.stack([run.start(width) for run in runs]), none, norm, room)
+    images = torch.stack([run.forward(rows) for run, rows in zip(runs, block, strict=True)])
     wide = images.double()
-    rows, noise, _ = _backward(runs, images, wide @ wide.mT, [back for _, back in products], norm)
-    return orthonormal(rows, none, noise, space.room)
+    rows, _, _ = _backward(runs, images, wide @ wide.mT)
+    return orthonormal(rows, none, norm, room)
 
 
-def _backward(
-    runs: list[Run], images: Tensor, gram: Tensor, backs: list[Tensor | None], norm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A' times orthonormal rows that span the images (c, b, m).
+def _backward(runs: list[Run], images: Tensor, gram: Tensor) -> tuple[Tensor, list[float], list[Tensor | None]]:
+    """A' times rows that span the newest images (c, b, m), of which the Gram matrices (c, b, b) are given.
 
-    Returns those rows (c, b, n), the size (c,) that noise in them is a share of, and the matrices (c, b, b) that give
-    the images back from the orthonormal rows.
+    Returns the products (c, b, n), the length of the longest row that was multiplied, which noise is a share of, and
+    the matrices (b, b) that give the images back from those rows; None where they are the images.
 
-    The images are orthonormalised before they are multiplied, or the product would square their condition. Where that
-    is small, those that were multiplied as they are (`backs`) do as well, with noise in proportion to it.
+    The images should be orthonormal before they are multiplied, or the product would square their condition. Where
+    that is small, those that were multiplied as they are do as well, with noise in proportion to it.
     """
-    turn, _, _ = normalising(gram, norm, torch.full((len(runs),), images.shape[2]))
-    condition = torch.linalg.matrix_norm(turn) * gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() / gram.shape[1]
-    rows, noise = [], []
-    for i, (run, back, uneven) in enumerate(zip(runs, backs, condition.tolist(), strict=True)):
-        if uneven > EVEN:
-            back = run.normal = None
-        if back is None:
-            rows.append(run.backward((turn[i] @ images[i].double()).float()))
-            noise.append(1.0)
+    values, vectors = torch.linalg.eigh(gram)
+    roots = values.clamp(min=0).sqrt()
+    rows, longest, undo = [], [], []
+    for i, (run, lengths) in enumerate(zip(runs, roots.tolist(), strict=True)):
+        if not 0 < lengths[-1] <= EVEN * lengths[0]:
+            run.normal = run.back = None
+        if run.back is None:
+            turn = torch.where(roots[i] > DEFLATION * lengths[-1], 1 / roots[i], 0.0)[:, None] * vectors[i].T
+            rows.append(run.backward((turn @ images[i].double()).float()))
+            longest.append(1.0)
+            undo.append(vectors[i] * roots[i])
         else:
-            rows.append((turn[i] @ back.double()).float())
-            noise.append(max(uneven, 1.0))
-            run.watch.noise = max(run.watch.noise, uneven)
-    return torch.stack(rows), norm * torch.tensor(noise, dtype=norm.dtype), gram @ turn.mT
-
-
-def _exhaust(runs: list[Run], which: list[bool]) -> None:
-    for run, it in zip(runs, which, strict=True):
-        if it:
-            run.watch.exhaust()
+            rows.append(run.back)
+            longest.append(lengths[-1])
+            undo.append(None)
+            run.watch.noise = max(run.watch.noise, lengths[-1] / lengths[0])
+    return torch.stack(rows), longest, undo
 
 
 class Space:
@@ -162,81 +166,92 @@ class Space:
         self.image = torch.empty(count, columns, m, dtype=torch.float32)  # (A P)'
         self.gram = torch.zeros(count, 0, 0, dtype=torch.float64)
         self.y = torch.zeros(count, 0, rank, dtype=torch.float64)  # of the last look
-        self.s = torch.zeros(count, rank, dtype=torch.float64)
+        self.s: list[list[float]] = [[]] * count
         self._width = 0  # of the newest block
-        self.room = torch.full((count,), n)  # dimensions left: rounding must not pass for more of them
 
-    def append(self, block: Tensor, solid: Tensor, image: Tensor) -> None:
-        """Take blocks (count, width, n) of rows that are orthonormal, or zero where not `solid`, and their images."""
+    def append(self, runs: list[Run], block: Tensor, found: list[int], image: Tensor) -> None:
+        """Take blocks (count, width, n) of orthonormal rows, of which so many are not zero, and their images."""
         old, self._width = self.size, block.shape[1]
         self.size = size = old + self._width
         self.basis[:, old:size] = block
         self.image[:, old:size] = image
-        self.room = self.room - solid.sum(1)
-        newest = image.double()
-        gram = torch.empty(len(image), size, size, dtype=torch.float64)
-        gram[:, :old, :old] = self.gram
-        gram[:, old:] = 0.0
-        for first in range(0, newest.shape[2], GRAM_COLUMNS):  # in float64, as many as stay in the cache
+        wide, new = image.double(), torch.zeros(len(image), self._width, size, dtype=torch.float64)
+        for first in range(0, image.shape[2], GRAM_COLUMNS):  # in float64, as many as stay in the cache
             part = slice(first, first + GRAM_COLUMNS)
-            gram[:, old:] += newest[:, :, part] @ self.image[:, :size, part].double().mT
-        gram[:, :old, old:] = gram[:, old:, :old].mT
-        self.gram = gram
+            new += wide[:, :, part] @ self.image[:, :size, part].double().mT
+        self.gram = torch.cat([torch.cat([self.gram, new[:, :, :old].mT], 2), new], 1)
+        squares = self._newest_gram().diagonal(dim1=1, dim2=2).tolist()
+        for run, count, lengths in zip(runs, found, squares, strict=True):
+            run.room -= count
+            run.watch.blocks += 1
+            run.trace += math.fsum(lengths)
+            run.norm = max(run.norm, math.sqrt(max(lengths)))
 
     def look(self, runs: list[Run]) -> None:
         """Take the leading eigenpairs of the Gram matrices and show the runs what they mean."""
         _, seen, rank = self.y.shape
         values, vectors = torch.linalg.eigh(self.gram)
-        s = values[:, -rank - 1 :].flip(1).clamp(min=0).sqrt()
-        solid = s > DEFLATION * s[:, :1]
-        s = s * solid
-        y = vectors[:, :, -rank - 1 :].flip(2) * solid[:, None]
-        leading = y[:, :, :rank]
-        # |B - B'|^2 = |B|^2 + |B'|^2 - 2 <B, B'>, with B = A P y y' P'; eight digits are enough
-        inner = (leading[:, :seen].mT @ self.y) * (leading.mT @ (self.gram[:, :, :seen] @ self.y))
-        steps = s[:, :rank].square().sum(1) + self.s.square().sum(1) - 2 * inner.sum((1, 2))
+        y = vectors[:, :, -rank - 1 :].flip(2)
+        # <B, B'> of B = A P y y' P', where y' P'A'A P = s^2 y'
+        shared = (y[:, :seen, :rank].mT @ self.y).square().sum(2).tolist()
         # The residual A'u - s v is (I - PP')A' applied to the newest images' share of u: earlier ones lie in the space
         newest = y[:, -self._width :]
-        shares = (newest * (self._newest_gram() @ newest)).sum(1).clamp(min=0).sqrt()
-        traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)
-        figures = torch.cat([steps[:, None], traces[:, None], s, shares], 1).tolist()
-        for run, (step, trace, *rest) in zip(runs, figures, strict=True):
-            run.watch.look(step, trace, rest[: rank + 1], rest[rank + 1 :], run.squared_norm())
-        self.y, self.s = leading, s[:, :rank]
+        shares = (newest * (self._newest_gram() @ newest)).sum(1).tolist()
+        last, self.s = self.s, []
+        for run, squares, *figures, old in zip(runs, values.tolist(), shared, shares, last, strict=True):
+            s = [math.sqrt(max(square, 0.0)) for square in squares[: -rank - 2 : -1]]
+            s = [value if value > DEFLATION * s[0] else 0.0 for value in s]
+            inner = sum(value * value * share for value, share in zip(s, figures[0], strict=False))
+            step = sum(value * value for value in (*s[:rank], *old)) - 2 * inner
+            run.watch.look(step, run.trace, s, [math.sqrt(max(share, 0.0)) for share in figures[1]], run.squared_norm())
+            self.s.append(s[:rank])
+        self.y = y[:, :, :rank]
 
     def _newest_gram(self) -> Tensor:
         return self.gram[:, -self._width :, -self._width :]
 
-    def next_block(self, runs: list[Run], backs: list[Tensor | None]) -> tuple[list[Run], Tensor, Tensor]:
-        """Orthonormal rows of A' times the newest images, off the basis; `backs` has what is multiplied already.
+    def next_block(self, runs: list[Run], *, looked: bool) -> tuple[list[Run], Tensor, list[int]]:
+        """Orthonormal rows of A' times the newest images, off the basis.
 
-        Those for which half a step is enough leave; the others are returned.
+        Those for which half a step after a look is enough leave; the others are returned.
         """
-        images = self.image[:, self.size - self._width : self.size]
-        rows, noise, undo = _backward(runs, images, self._newest_gram(), backs, self.s[:, 0])
-        ends = [run.watch.half_way(run.enough) for run in runs]
-        if any(ends):
-            shares = self.y[:, -self._width :].mT @ undo
-            for i, run in enumerate(runs):
-                if ends[i]:
-                    run.factors = self._half_step(i, run, shares[i], rows[i])
+        rows, longest, undo = _backward(runs, self.image[:, self.size - self._width : self.size], self._newest_gram())
+        ends = [looked and run.watch.half_way(run.enough) for run in runs]
+        for i, run in enumerate(runs):
+            if ends[i]:
+                run.factors = self._half_step(i, run, undo[i], rows[i])
+        norm = [length * run.norm for length, run in zip(longest, runs, strict=True)]
         runs, stay = self.leave(runs, ends)
-        rows, noise = (rows, noise) if len(stay) == len(rows) else (rows[stay], noise[stay])
-        return runs, *orthonormal(rows, self.basis[:, : self.size], noise, self.room)
+        if any(ends):
+            rows, norm = rows[stay], [norm[i] for i in stay]
+        return runs, *orthonormal(rows, self.basis[:, : self.size], norm, [run.room for run in runs])
 
-    def _half_step(self, i: int, run: Run, share: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _half_step(self, i: int, run: Run, undo: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors of U U'A, half a step nearer than U S V': for A'u is known once the newest images are multiplied.
 
-        A'u = s v + rest, the rest being what A' times the newest images' share (k, b) of s u has off the basis.
+        A'u = s v + rest, the rest being what A' times the newest images' share of s u has off the basis.
         """
         left, s, right = self._factors(i)
+        share = self.y[i, -self._width :, : len(s)].T / s[:, None]
+        share = share if undo is None else share @ undo
         beyond = off(rows[None], self.basis[i : i + 1, : self.size])[0]
-        rest = (share[: len(s)] / self.s[i, : len(s), None]).float() @ beyond
+        rest = share.float() @ beyond
         across = (s[:, None] * right + rest).double()
         values, turn = torch.linalg.eigh(across @ across.T)
         t, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1).T
         run.watch.half_step(t.tolist(), torch.linalg.vector_norm(turn @ rest.double(), dim=1).tolist())
         return (turn @ left.double()).float(), t.float(), (turn / t[:, None] @ across).float()
+
+    def leave_exhausted(self, runs: list[Run], which: list[bool]) -> tuple[list[Run], list[int]]:
+        """Let those leave whose spaces are invariant: a last look sees the matrix itself, up to rounding."""
+        for i, run in enumerate(runs):
+            if which[i]:
+                alone = copy(self)
+                alone._keep([i])
+                alone.look([run])
+                run.watch.exhaust()
+                run.factors = alone._factors(0)
+        return self.leave(runs, which)
 
     def leave(self, runs: list[Run], ends: list[bool]) -> tuple[list[Run], list[int]]:
         """Hand factors to those that end and have none yet; returns the others, and where they stood."""
@@ -246,13 +261,17 @@ class Space:
         for i, run in enumerate(runs):
             if ends[i]:
                 run.factors = run.factors or self._factors(i)
-        self.basis, self.image = (_moved(rows, stay, self.size) for rows in (self.basis, self.image))
-        self.gram, self.y, self.s, self.room = (t[stay] for t in (self.gram, self.y, self.s, self.room))
+        self._keep(stay)
         return [runs[i] for i in stay], stay
+
+    def _keep(self, which: list[int]) -> None:
+        """Only some of the matrices, in memory of their own."""
+        self.basis, self.image = (_moved(rows, which, self.size) for rows in (self.basis, self.image))
+        self.gram, self.y, self.s = self.gram[which], self.y[which], [self.s[i] for i in which]
 
     def _factors(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """u' (k, m), s (k,), v' (k, n) float32 of the last look."""
-        s = self.s[i][self.s[i] > 0]
+        s = torch.tensor([value for value in self.s[i] if value > 0], dtype=torch.float64)
         y = self.y[i, :, : len(s)]
         seen = slice(0, len(y))
         return (y / s).T.float() @ self.image[i, seen], s.float(), y.T.float() @ self.basis[i, seen]

@@ -94,7 +94,7 @@ def truncated_svds(
     m, n = ops[0].shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank is {rank}, expected 1 to {min(m, n)} for a matrix of {(m, n)}")
-    width = block_width(rank)
+    width = block_width(m, n, rank)
     columns = max_columns or basis_columns(m, n, rank)
     if columns < width:
         raise ValueError(f"max_columns is {columns}, expected {width} or more: a block at rank {rank}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lox_stream.costs import by_gram
 from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator
+from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
@@ -137,14 +139,18 @@ class _Unsolved:
     op: Delta | KeptDelta
 
     def enough(self, error: float, part: float) -> bool:
-        """Whether the output would be within the tolerance."""
-        dtype, options = self.matrix.w1.dtype, self.matrix.setting.options
-        if dtype not in ROUNDED:
-            return error <= WIDE_TOLERANCE * part
-        if error > RELATIVE_CAP * part:
-            return False
-        per_element = abs(options.alpha) / self.op.scale / math.sqrt(self.matrix.w1.numel())
-        return self.sample.share(error * per_element, part * per_element) <= options.tolerance
+        return _enough(self.matrix, self.sample, self.op.scale, error, part)
+
+
+def _enough(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> bool:
+    """Whether the output would be within the tolerance, with such norms of the error and of the rank-k part."""
+    options = matrix.setting.options
+    if matrix.w1.dtype not in ROUNDED:
+        return error <= WIDE_TOLERANCE * part
+    if error > RELATIVE_CAP * part:
+        return False
+    per_element = abs(options.alpha) / scale / math.sqrt(matrix.w1.numel())
+    return sample.share(error * per_element, part * per_element) <= options.tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +183,39 @@ def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | Solved | _Unso
         if setting.rank == 0 or setting.rank >= min(w1.shape):
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
-            scale = power_of_two(largest_entry(w1, w0, run), FLOAT64_SCALE)
-            return Solved(matrix, sample, exact_svd(w1, w0, setting.rank, scale), scale, "exact")
-        return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
+            return _exactly(matrix, sample, power_of_two(largest_entry(w1, w0, run), FLOAT64_SCALE))
+        one = _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
+        return _by_gram(one) if by_gram(*w1.shape) else one
     except NotFinite as problem:
         return problem
+
+
+def _exactly(matrix: Matrix, sample: Sample, scale: float) -> Solved:
+    """By LAPACK's full SVD in float64."""
+    found = exact_svd(_wide_delta(matrix, scale), matrix.setting.rank)
+    return _judged(Solved(matrix, sample, found, scale, "exact"))
+
+
+def _by_gram(one: _Unsolved) -> Solved:
+    """By the Gram matrix: in float32 where that leaves a 16-bit output within the tolerance, else in float64."""
+    matrix, rank, scale = one.matrix, one.matrix.setting.rank, one.op.scale
+    if matrix.w1.dtype in ROUNDED and isinstance(one.op, KeptDelta):
+        quick = _judged(Solved(matrix, one.sample, gram_svd(one.op.dense, rank), scale, "gram"))
+        if quick.found.converged and quick.found.unique:
+            return quick
+    return _judged(Solved(matrix, one.sample, gram_svd(_wide_delta(matrix, scale), rank), scale, "gram"))
+
+
+def _wide_delta(matrix: Matrix, scale: float) -> Tensor:
+    """(W1 - W0) * scale in float64."""
+    return (matrix.w1.double() * scale).sub_(matrix.w0.double() * scale)
+
+
+def _judged(one: Solved) -> Solved:
+    found = one.found
+    part = math.sqrt(float(found.s.double().square().sum()))
+    enough = _enough(one.matrix, one.sample, one.scale, found.error, part)
+    return replace(one, found=replace(found, converged=enough or not found.unique))
 
 
 def _solve(unsolved: Sequence[_Unsolved]) -> list[Solved]:
@@ -222,34 +256,6 @@ def _update_of(one: Solved) -> Block:
         return lowrank_update(w1[band, part], us[band], vh[:, part], out, key=setting.key, first=first)
 
     return block
-
-
-def exact_svd(w1: Tensor, w0: Tensor, rank: int, scale: float = 1.0) -> TruncatedSVD:
-    """The rank-k part of (W1 - W0) * scale by LAPACK's full SVD in float64. `costs.exact_bytes` of memory."""
-    delta = (w1.double() * scale).sub_(w0.double() * scale)
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    after = float(s[rank]) if len(s) > rank else 0.0
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    kept = s > 0
-    u, s, vh = u[:, kept], s[kept], vh[kept]
-    radius = torch.maximum(
-        torch.linalg.vector_norm(delta @ vh.T - u * s, dim=0), torch.linalg.vector_norm(delta.T @ u - vh.T * s, dim=0)
-    )
-    last = float(s[-1]) if len(s) else 0.0
-    gap = (last - after) / last if last else 1.0
-    return TruncatedSVD(
-        u=u,
-        s=s,
-        vh=vh,
-        residual=float((radius / s[0]).max()) if len(s) else 0.0,
-        radius=tuple(radius.tolist()),
-        squared_norm=float(delta.square().sum()),
-        gap=gap,
-        error=torch.finfo(torch.float64).eps * float(torch.linalg.vector_norm(s)) / max(gap, 1e-12),
-        passes=0,
-        converged=True,
-        unique=gap > 1e-12,
-    )
 
 
 def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:

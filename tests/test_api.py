@@ -34,7 +34,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A small Llama pair, base in one file and aligned in three shards."""
-    shapes = llama_shapes(96, 200, 3, 512, 32)
+    shapes = llama_shapes(208, 216, 3, 512, 32)
     return write_pair(tmp_path_factory.mktemp("pair"), shapes, base_shards=1, aligned_shards=3)
 
 
@@ -116,7 +116,7 @@ def test_a_stream_holds_no_more_than_its_budget(pair, monkeypatch):
         return real(steps, *args)
 
     monkeypatch.setattr(pipeline, "process", process)
-    stream = lox_stream.stream(*pair, options=Options(threads=2, memory_bytes=3 * MIB))
+    stream = lox_stream.stream(*pair, options=Options(threads=2, memory_bytes=6 * MIB))
     next(stream)
     assert len(started) <= 4
     stream.close()
@@ -377,9 +377,12 @@ def test_the_manifest_knows_every_tensor(pair, tmp_path):
     (matrix,) = q["matrices"]
     assert len(matrix["singular_values"]) == len(matrix["radius"]) == 6
     assert 0 < matrix["energy"] <= 1
+    assert matrix["method"] == "krylov"
     assert matrix["passes"] >= 4
     assert matrix["converged"]
     assert matrix["unique"]
+    (narrow,) = manifest["tensors"]["model.layers.0.self_attn.k_proj.weight"]["matrices"]
+    assert (narrow["method"], narrow["passes"]) == ("gram", 0)
 
 
 @pytest.mark.parametrize("name", ["Options", "extrapolate", "plan", "stream", "LoxError", "truncated_svd"])

@@ -43,7 +43,7 @@ def case(weights):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return write_pair(tmp_path_factory.mktemp("pair"), llama_shapes(48, 64, 2, 96, 16))
+    return write_pair(tmp_path_factory.mktemp("pair"), llama_shapes(208, 216, 2, 224, 16))
 
 
 def bench(pair, *words):

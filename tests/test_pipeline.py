@@ -15,7 +15,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
-    write_pair(root, llama_shapes(64, 96, 12, 300, 32), aligned_shards=3)
+    write_pair(root, llama_shapes(208, 216, 12, 300, 32), aligned_shards=3)
     return root / "base", root / "aligned"
 
 

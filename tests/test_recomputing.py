@@ -150,14 +150,14 @@ def test_a_manifest_that_does_not_say_what_was_run_is_an_error(tmp_path, damage)
 
 def test_where_the_part_is_not_unique_another_one_passes_and_a_wrong_one_does_not(tmp_path):
     """delta = I: every rank-6 part that projects on six orthonormal vectors is as good as any other."""
-    w0 = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
-    base, aligned = save(tmp_path / "base", {"w": w0}), save(tmp_path / "aligned", {"w": w0 + torch.eye(64)})
+    w0 = torch.randn(208, 208, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    base, aligned = save(tmp_path / "base", {"w": w0}), save(tmp_path / "aligned", {"w": w0 + torch.eye(208)})
     extrapolate(base, aligned, tmp_path / "out")
     options, (unit,) = units_of(tmp_path / "out", base, aligned)
     assert not unit.unique
     seen = compare(unit, options)
     assert seen.ok
-    save_file({"w": w0 + torch.eye(64)}, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    save_file({"w": w0 + torch.eye(208)}, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     assert not compare(unit, options).ok, "no update at all"
 
 

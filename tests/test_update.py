@@ -48,7 +48,7 @@ def bulk_and_spikes(m, n, ratio):
     return torch.cat([torch.linspace(2, 1, 6), bulk[: min(m, n) - 6] / bulk[0] * ratio])
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (500, 120), (120, 500)])
+@pytest.mark.parametrize("shape", [(300, 300), (500, 120), (220, 500)])
 @pytest.mark.parametrize("kind", ["power", "spikes 0.9", "spikes 0.97"])
 @pytest.mark.parametrize(("dtype", "law"), [(torch.bfloat16, 0.9995), (torch.float16, 0.996)])
 def test_the_output_is_the_oracles_bit_for_bit_but_for_the_promised_share(shape, kind, dtype, law):
@@ -183,9 +183,11 @@ def test_the_flip_law_predicts_the_share_that_differs():
 
 
 def test_a_tolerance_that_no_float32_program_reaches_is_reported():
-    w0, w1 = pair_of(100, 90, generator())
-    _, facts = extrapolated(w1, w0, tolerance=1e-9)
-    assert not facts.converged or facts.predicted_share <= 1e-9
+    for shape, options in (((100, 90), {}), ((230, 220), {}), ((100, 90), {"svd": "exact"})):
+        w0, w1 = pair_of(*shape, generator())
+        _, facts = extrapolated(w1, w0, tolerance=1e-9, **options)
+        assert facts.predicted_share > 1e-9
+        assert not facts.converged
 
 
 @pytest.mark.parametrize("kind", [Delta, KeptDelta])
@@ -207,7 +209,7 @@ def test_an_operator_multiplies_by_the_difference_and_knows_its_norm(kind, shape
     assert op.squared_norm() == pytest.approx(float(delta.square().sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(96, 80), (80, 96), (1100, 1000)])
+@pytest.mark.parametrize("shape", [(96, 80), (224, 208), (208, 224), (1100, 1000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_matrices_have_the_bits_that_they_have_alone(shape, dtype):
     """Beside others, one that is identical in both models, and one with a NaN, which does not hurt them."""
@@ -296,7 +298,7 @@ def test_the_callers_default_dtype_does_not_matter():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("shape", [(200, 150), (150, 200), (1200, 1100)])
+@pytest.mark.parametrize("shape", [(300, 250), (250, 300), (1200, 1100)])
 def test_a_solve_sees_a_stop_at_its_next_product(shape):
     w0, w1 = pair_of(*shape, generator(), dtype=torch.bfloat16, spectrum=power_law(min(shape)))
     loops = []
@@ -316,9 +318,9 @@ def test_a_solve_sees_a_stop_at_its_next_product(shape):
 
 def test_where_float32_itself_misses_the_tolerance_the_run_says_so():
     """float16, an update as large as the weights, a gap of two percent: LAPACK's float32 misses it as well."""
-    spectrum = bulk_and_spikes(200, 150, 0.98)
-    w0 = 0.02 * torch.randn(200, 150, generator=generator())
-    delta = matrix(200, 150, spectrum, generator(1))
+    spectrum = bulk_and_spikes(240, 200, 0.98)
+    w0 = 0.02 * torch.randn(240, 200, generator=generator())
+    delta = matrix(240, 200, spectrum, generator(1))
     w0, w1 = w0.half(), (w0 + delta * (w0.norm() / delta.norm())).half()
     out, facts = extrapolated(w1, w0)
     u, s, vh = torch.linalg.svd(w1.float() - w0.float(), full_matrices=False)

@@ -1,0 +1,66 @@
+"""The rank-k part of a matrix by LAPACK: where it is asked for, and where no iteration would be faster."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lox_stream.bases import DEFLATION
+from lox_stream.svd import TruncatedSVD, transposed
+
+NO_GAP = 1e-12  # (s_k - s_(k+1)) / s_k that float64 cannot tell from zero
+UNITS = 4  # of rounding that a product may be off by
+
+
+def exact_svd(a: Tensor, rank: int) -> TruncatedSVD:
+    """The rank-k part of `a` (m, n) float64 by the full SVD. `costs.exact_bytes` of memory."""
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    after = float(s[rank]) if len(s) > rank else 0.0
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    kept = s > 0
+    return _found(a, u[:, kept], s[kept], vh[kept], after)
+
+
+def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
+    """The same by all eigenvectors of the Gram matrix of the short side, in the dtype of `a`, float32 or float64.
+
+    Squaring costs half of that dtype's digits, so the error grows with the square of s_1 / s_k. It is estimated from
+    what the projection of `a` on the eigenvectors leaves. Values under 1e-6 of the first are rounding, as in
+    `truncated_svd`, and not returned. `costs.gram_bytes` of memory.
+    """
+    if a.shape[0] > a.shape[1]:
+        return transposed(gram_svd(a.T, rank))
+    squares, vectors = torch.linalg.eigh(a @ a.T)
+    u = torch.linalg.qr(vectors[:, -rank:].flip(1).double())[0]
+    left, s, vh = torch.linalg.svd((u.T.to(a.dtype) @ a).double(), full_matrices=False)
+    after = math.sqrt(max(float(squares[-rank - 1]), 0.0)) if len(squares) > rank else 0.0
+    kept = s > DEFLATION * s[0]
+    return _found(a, (u @ left)[:, kept], s[kept], vh[kept], after)
+
+
+def _found(a: Tensor, u: Tensor, s: Tensor, vh: Tensor, after: float) -> TruncatedSVD:
+    """`after` is s_(k+1), or an estimate of it."""
+    squared_norm = float(a.square().sum(dtype=torch.float64))
+    if not len(s):
+        return TruncatedSVD(u, s, vh, 0.0, (), squared_norm, 1.0, 0.0, 0, converged=True, unique=True)
+    v = vh.T.to(a.dtype)
+    across = torch.linalg.vector_norm((a @ v).double() - u * s, dim=0)
+    along = torch.linalg.vector_norm((a.T @ u.to(a.dtype)).double() - vh.T * s, dim=0)
+    radius = torch.maximum(across, along) + UNITS * torch.finfo(a.dtype).eps * s[0]
+    last, left = float(s[-1]), float(torch.linalg.vector_norm(radius))
+    gap = (last - after) / last
+    return TruncatedSVD(
+        u=u,
+        s=s,
+        vh=vh,
+        residual=float(radius.max() / s[0]),
+        radius=tuple(radius.tolist()),
+        squared_norm=squared_norm,
+        gap=gap,
+        error=left / max(gap, NO_GAP),
+        passes=0,
+        converged=True,
+        unique=gap > max(NO_GAP, left / last),
+    )
