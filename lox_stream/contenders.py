@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +89,18 @@ class Contender:
 
 def ours(problem: Problem, tolerance: float) -> Found:
     """What `lox-stream run --tolerance` does with one matrix."""
-    options = Options(rank=problem.rank, alpha=problem.alpha, tolerance=tolerance)
-    setting = Setting(options, problem.rank, problem.seed)
-    (one,) = solve_matrices([Matrix(problem.w1, problem.w0, setting, lambda first, tile: None)], problem.run)
+    return ours_together([problem], tolerance)[0]
+
+
+def ours_together(problems: Sequence[Problem], tolerance: float) -> list[Found]:
+    """What it does with several of one shape, which have one rank, alpha and `run`."""
+    rank, alpha, run = problems[0].rank, problems[0].alpha, problems[0].run
+    options = Options(rank=rank, alpha=alpha, tolerance=tolerance)
+    matrices = [Matrix(one.w1, one.w0, Setting(options, rank, one.seed), lambda first, tile: None) for one in problems]
+    return [_of_solved(one) for one in solve_matrices(matrices, run)]
+
+
+def _of_solved(one: object) -> Found:
     assert isinstance(one, Solved), "delta is finite and not zero"
     found = one.found
     return Found(found.u, found.s.double() / one.scale, found.vh, found.passes, one.predicted_share, one.method)
