@@ -46,8 +46,8 @@ MODELS = {
     model.name: model
     for model in (
         Model("135m", llama_shapes(576, 1536, 30, 49152, 192), target=10),
-        Model("1.1b", llama_shapes(2048, 5632, 22, 32000, 256, tied=False), 2, 3, target=30),
-        Model("4096", _layers_only(llama_shapes(4096, 14336, 2, 64, 1024)), target=80),
+        Model("1.1b", llama_shapes(2048, 5632, 22, 32000, 256, tied=False), 2, 3, target=60),
+        Model("4096", _layers_only(llama_shapes(4096, 14336, 2, 64, 1024)), target=150),
     )
 }
 SMOKE = Model("smoke", llama_shapes(128, 160, 2, 300, 48, tied=False), 1, 2)

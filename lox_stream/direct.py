@@ -20,7 +20,7 @@ def exact_svd(a: Tensor, rank: int) -> TruncatedSVD:
     after = float(s[rank]) if len(s) > rank else 0.0
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     kept = s > 0
-    return _found(a, u[:, kept], s[kept], vh[kept], after)
+    return _found(a, u[:, kept], s[kept], vh[kept], after, float(a.square().sum()))
 
 
 def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
@@ -32,23 +32,21 @@ def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
     """
     if a.shape[0] > a.shape[1]:
         return transposed(gram_svd(a.T, rank))
-    squares, vectors = torch.linalg.eigh(a @ a.T)
+    gram = a @ a.T
+    squares, vectors = torch.linalg.eigh(gram)
     u = torch.linalg.qr(vectors[:, -rank:].flip(1).double())[0]
     left, s, vh = torch.linalg.svd((u.T.to(a.dtype) @ a).double(), full_matrices=False)
     after = math.sqrt(max(float(squares[-rank - 1]), 0.0)) if len(squares) > rank else 0.0
     kept = s > DEFLATION * s[0]
-    return _found(a, (u @ left)[:, kept], s[kept], vh[kept], after)
+    return _found(a, (u @ left)[:, kept], s[kept], vh[kept], after, float(gram.diagonal().double().sum()))
 
 
-def _found(a: Tensor, u: Tensor, s: Tensor, vh: Tensor, after: float) -> TruncatedSVD:
-    """`after` is s_(k+1), or an estimate of it."""
-    squared_norm = float(a.square().sum(dtype=torch.float64))
+def _found(a: Tensor, u: Tensor, s: Tensor, vh: Tensor, after: float, squared_norm: float) -> TruncatedSVD:
+    """Of factors with A'u = s v up to rounding; `after` is s_(k+1), or an estimate of it."""
     if not len(s):
         return TruncatedSVD(u, s, vh, 0.0, (), squared_norm, 1.0, 0.0, 0, converged=True, unique=True)
-    v = vh.T.to(a.dtype)
-    across = torch.linalg.vector_norm((a @ v).double() - u * s, dim=0)
-    along = torch.linalg.vector_norm((a.T @ u.to(a.dtype)).double() - vh.T * s, dim=0)
-    radius = torch.maximum(across, along) + UNITS * torch.finfo(a.dtype).eps * s[0]
+    across = torch.linalg.vector_norm((a @ vh.T.to(a.dtype)).double() - u * s, dim=0)
+    radius = across + UNITS * torch.finfo(a.dtype).eps * s[0]
     last, left = float(s[-1]), float(torch.linalg.vector_norm(radius))
     gap = (last - after) / last
     return TruncatedSVD(

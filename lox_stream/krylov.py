@@ -198,12 +198,13 @@ class Space:
         newest = y[:, -self._width :]
         shares = (newest * (self._newest_gram() @ newest)).sum(1).tolist()
         last, self.s = self.s, []
-        for run, squares, *figures, old in zip(runs, values.tolist(), shared, shares, last, strict=True):
+        for run, squares, same, newest_squares, old in zip(runs, values.tolist(), shared, shares, last, strict=True):
             s = [math.sqrt(max(square, 0.0)) for square in squares[: -rank - 2 : -1]]
             s = [value if value > DEFLATION * s[0] else 0.0 for value in s]
-            inner = sum(value * value * share for value, share in zip(s, figures[0], strict=False))
+            inner = sum(value * value * part for value, part in zip(s, same, strict=False))
             step = sum(value * value for value in (*s[:rank], *old)) - 2 * inner
-            run.watch.look(step, run.trace, s, [math.sqrt(max(share, 0.0)) for share in figures[1]], run.squared_norm())
+            parts = [math.sqrt(max(square, 0.0)) for square in newest_squares]
+            run.watch.look(step, run.trace, s, parts, run.squared_norm())
             self.s.append(s[:rank])
         self.y = y[:, :, :rank]
 

@@ -20,7 +20,7 @@ from lox_stream.options import Options
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
 SAMPLED_RUNS, SAMPLED_RUN = 128, 64  # of consecutive elements
-LOWEST_EXPONENT = 1100  # below those of all float64 numbers
+LOWEST_EXPONENT = -1100  # below those of all float64 numbers
 MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean |x| / rms x
 RELATIVE_CAP = 5e-4  # relative error of the rank-k part that 16-bit outputs may have, however coarse their grid: an
 # element where W1 is near zero has a fine grid of its own, and six deviations of this are within one step of it
@@ -44,10 +44,11 @@ class Sample:
         self.weight_norm = _norm(some) * math.sqrt(w1.numel() / some.numel())
         finfo = torch.finfo(w1.dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
-        exponents = torch.where(some == 0, 0, torch.frexp(some)[1] + LOWEST_EXPONENT).clamp_(0)
-        counts = torch.bincount(exponents).tolist()
+        exponents = torch.where(some == 0, LOWEST_EXPONENT, torch.frexp(some)[1]).clamp_(LOWEST_EXPONENT)
+        lowest = int(exponents.min())
+        counts = torch.bincount(exponents - lowest).tolist()
         self._exponents: list[tuple[int, float]] = [
-            (e - LOWEST_EXPONENT, count / some.numel()) for e, count in enumerate(counts) if count
+            (lowest + e, count / some.numel()) for e, count in enumerate(counts) if count
         ]
 
     def share(self, error_rms: float, update_rms: float) -> float:
