@@ -36,8 +36,8 @@ def basis_columns(m: int, n: int, rank: int) -> int:
 def by_gram(m: int, n: int) -> bool:
     """Whether all eigenvectors of the Gram matrix of the short side cost less than an iteration.
 
-    On both cores of an AMD EPYC (Zen 4), in ms a matrix, for a power law and for spikes over noise: 128 x 576 1.5 and
-    1.6 against 1.9 and 3.3, 192 x 576 1.9 and 2.5 against 2.1 and 3.8, but 256 x 576 3.0 and 3.9 against 1.9 and 4.3.
+    Measured on an AMD EPYC (Zen 4), two threads, as a run solves them: the times cross between 192 and 256 rows, on
+    power laws nearer to the first, on spikes over noise nearer to the second.
 
     >>> by_gram(4096, 64), by_gram(576, 576)
     (True, False)
