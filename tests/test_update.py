@@ -328,3 +328,19 @@ def test_where_float32_itself_misses_the_tolerance_the_run_says_so():
     assert not facts.converged
     assert oracle.agreement("w", w1, w0, lapack, 6, 1.25).share < 1 - Options().tolerance
     assert oracle.agreement("w", w1, w0, out, 6, 1.25).share >= oracle.agreement("w", w1, w0, lapack, 6, 1.25).share
+
+
+def test_a_short_side_goes_by_float32_where_that_is_enough_and_else_by_float64():
+    w0, w1 = pair_of(200, 150, generator())
+    out, facts = extrapolated(w1, w0)
+    assert facts.method == "gram"
+    assert 1e-8 < facts.predicted_error < 1e-3
+    assert oracle.agreement("w", w1, w0, out, 6, 1.25).share >= 0.9995
+    w0 = 0.02 * torch.randn(200, 150, generator=generator())
+    delta = matrix(200, 150, bulk_and_spikes(200, 150, 0.98), generator(1))
+    w0, w1 = w0.half(), (w0 + delta * (w0.norm() / delta.norm())).half()
+    out, facts = extrapolated(w1, w0)
+    assert facts.method == "gram"
+    assert facts.predicted_error < 1e-10
+    assert facts.converged
+    assert oracle.agreement("w", w1, w0, out, 6, 1.25).share >= 0.9995
