@@ -15,7 +15,6 @@ LAPACK in float64. What ours solves by the Gram matrix (`costs.by_gram`) is call
 from __future__ import annotations
 
 import argparse
-import queue
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from lox_stream.charts import OURS
 from lox_stream.cli_bench import ALPHA
 from lox_stream.comparing import Judge
 from lox_stream.contenders import CONTENDERS, Contender, Problem, ours_together
-from lox_stream.costs import KEPT_ELEMENTS, together
+from lox_stream.costs import kept, together
 from lox_stream.options import Options
 from lox_stream.pipeline import thread_count
 from lox_stream.planning import plan
@@ -71,28 +70,9 @@ def planted(shapes: Sequence[tuple[int, int]], count: int) -> Iterator[Case]:
 def real(folder: Path, count: int) -> Iterator[Case]:
     choices = choose(plan(folder / "base", folder / "aligned"), (), count, 0)
     for m, n in dict.fromkeys((choice.step.m, choice.step.n) for choice in choices):
-        if min(m, n) > RANK and m * n <= KEPT_ELEMENTS:
+        if min(m, n) > RANK and kept(m, n):
             same = [choice for choice in choices if (choice.step.m, choice.step.n) == (m, n)]
             yield Case(f"real, {m} x {n}", [load(choice) for choice in same])
-
-
-def side_by_side(workers: Workers, jobs: Sequence[Callable[[], object]]) -> None:
-    """Do them all, one on each worker at a time; raises what one of them raised."""
-    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def watched(job: Callable[[], object]) -> None:
-        try:
-            job()
-        except BaseException as problem:
-            ends.put(problem)
-        else:
-            ends.put(None)
-
-    for job in jobs:
-        workers.submit(partial(watched, job))
-    problems = [problem for problem in (ends.get() for _ in jobs) if problem is not None]
-    if problems:
-        raise problems[0]
 
 
 def jobs_of(contender: Contender, value: float, problems: Sequence[Problem]) -> list[Callable[[], object]]:
@@ -138,7 +118,7 @@ def measured(case: Case, workers: Workers, repeats: int) -> tuple[list[Chosen], 
         try:
             chosen = cheapest(contender, problems, judges, workers)
             if chosen is not None:
-                work = partial(side_by_side, workers, jobs_of(contender, chosen.value, problems))
+                work = partial(workers.call_all, jobs_of(contender, chosen.value, problems))
                 work()
                 works[contender.name] = work
                 there.append(chosen)
@@ -151,7 +131,7 @@ def line(case: Case, there: Sequence[Chosen], timings: dict[str, Timing]) -> tup
     per_matrix = {name: timing.median / len(case.pairs) for name, timing in timings.items()}
     order = sorted((name for name in per_matrix if name != OURS), key=lambda name: per_matrix[name])
     cells = [f"{name} {per_matrix[name] * 1e3:.2f} ms" for name in order[:2]]
-    (mine,) = [one for one in there if one.contender.name == OURS] or [None]
+    mine = next((one for one in there if one.contender.name == OURS), None)
     if mine is None:
         return (case.name, "misses", "-", *cells, "-", "-")
     best = f"{per_matrix[order[0]] / per_matrix[OURS]:.2f}x" if order else "-"

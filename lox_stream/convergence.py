@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from lox_stream.bases import DEFLATION, EPS
 
-ROUNDING = 4 * EPS  # what float32 products leave in a triplet, as a share of s_1
+UNITS = 4  # of rounding that a product may be off by
+ROUNDING = UNITS * EPS  # what float32 products leave in a triplet, as a share of s_1
 NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
 
 Enough = Callable[[float, float], bool]  # enough(predicted |E|_F, |rank-k part|_F)

@@ -10,6 +10,15 @@ GRAM_SIDE = 192  # short side up to which eigenvectors of the Gram matrix are th
 MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 
 
+def kept(m: int, n: int) -> bool:
+    """Whether a matrix is small: its difference is formed once and kept.
+
+    >>> kept(1536, 576), kept(4096, 4096)
+    (True, False)
+    """
+    return m * n <= KEPT_ELEMENTS
+
+
 def block_width(m: int, n: int, rank: int) -> int:
     """Columns of a Krylov block: ten more than the rank, in whole vectors of eight; the rank alone for small matrices.
 
@@ -19,7 +28,7 @@ def block_width(m: int, n: int, rank: int) -> int:
     >>> block_width(4096, 4096, 6), block_width(4096, 4096, 64), block_width(576, 576, 6)
     (16, 80, 8)
     """
-    wanted = rank if m * n <= KEPT_ELEMENTS else rank + 10
+    wanted = rank if kept(m, n) else rank + 10
     return -(-wanted // 8) * 8
 
 
@@ -42,7 +51,7 @@ def by_gram(m: int, n: int) -> bool:
     >>> by_gram(4096, 64), by_gram(576, 576)
     (True, False)
     """
-    return min(m, n) <= GRAM_SIDE and m * n <= KEPT_ELEMENTS
+    return min(m, n) <= GRAM_SIDE and kept(m, n)
 
 
 def solver_bytes(m: int, n: int, rank: int) -> int:
@@ -76,7 +85,7 @@ def together(m: int, n: int, rank: int, svd: str, memory_bytes: int) -> int:
     >>> together(192, 576, 6, "exact", 4 << 30), together(192, 576, 0, "randomized", 4 << 30)
     (1, 1)
     """
-    if svd == "exact" or not 0 < rank < min(m, n) or m * n > KEPT_ELEMENTS:
+    if svd == "exact" or not 0 < rank < min(m, n) or not kept(m, n):
         return 1
     within = memory_bytes // (8 * step_bytes(m, n, rank, svd))
     return max(1, min(MOST_TOGETHER, within))
@@ -90,7 +99,7 @@ def step_bytes(m: int, n: int, rank: int, svd: str) -> int:
         return exact_bytes(m, n)
     if by_gram(m, n):
         return gram_bytes(m, n, rank)
-    return solver_bytes(m, n, rank) + (4 * m * n if m * n <= KEPT_ELEMENTS else 0)
+    return solver_bytes(m, n, rank) + (4 * m * n if kept(m, n) else 0)
 
 
 def thread_bytes(threads: int) -> int:

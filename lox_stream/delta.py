@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lox_stream.costs import KEPT_ELEMENTS
+from lox_stream.costs import kept
 from lox_stream.errors import DataError
 from lox_stream.kernels import WIDE, delta_matmul, delta_normal, delta_rmatmul, difference, sum_of_squares, tiling
 from lox_stream.kernels.cpu import Run
@@ -139,8 +139,8 @@ class KeptDelta:
 
 
 def operator(w1: Tensor, w0: Tensor, run: Run, *, rms: float) -> Delta | KeptDelta:
-    """The difference of two (m, n) weights: kept if it has at most KEPT_ELEMENTS."""
-    return (KeptDelta if w1.numel() <= KEPT_ELEMENTS else Delta)(w1, w0, run, rms=rms)
+    """The difference of two (m, n) weights: kept where it is small."""
+    return (KeptDelta if kept(*w1.shape) else Delta)(w1, w0, run, rms=rms)
 
 
 def _scale_for(size: float, w1: Tensor, w0: Tensor) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +23,6 @@ from lox_stream.synthetic import llama_shapes, write_pair
 from lox_stream.workers import Workers
 
 SHAPES = llama_shapes(768, 2048, layers=2, vocabulary=2048, kv=256)
-T = TypeVar("T")
 LOOKED_AT = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -52,25 +50,8 @@ def make_demo_pair(folder: Path) -> tuple[Path, Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder}: is not empty, expected a new or empty folder. Choose another --keep")
-    return _on_one_core(lambda: write_pair(folder, SHAPES, aligned_shards=2))
-
-
-def _on_one_core(make: Callable[[], T]) -> T:
-    """The result of `make`, by a worker: where other programs run, torch is faster on one core than on all."""
-    made: list[T] = []
-    failed: list[BaseException] = []
-
-    def job() -> None:
-        try:
-            made.append(make())
-        except BaseException as problem:  # raised below
-            failed.append(problem)
-
-    with Workers(1) as worker:
-        worker.submit(job)
-    if failed:
-        raise failed[0]
-    return made[0]
+    with Workers(1) as worker:  # where other programs run, torch is faster on one core than on all
+        return worker.call(lambda: write_pair(folder, SHAPES, aligned_shards=2))
 
 
 def run_demo(

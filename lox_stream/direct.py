@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lox_stream.bases import DEFLATION
+from lox_stream.convergence import UNITS
 from lox_stream.svd import TruncatedSVD, transposed
 
 NO_GAP = 1e-12  # (s_k - s_(k+1)) / s_k that float64 cannot tell from zero
-UNITS = 4  # of rounding that a product may be off by
 
 
 def exact_svd(a: Tensor, rank: int) -> TruncatedSVD:

@@ -145,13 +145,17 @@ class _Unsolved:
 
 def _enough(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> bool:
     """Whether the output would be within the tolerance, with such norms of the error and of the rank-k part."""
-    options = matrix.setting.options
     if matrix.w1.dtype not in ROUNDED:
         return error <= WIDE_TOLERANCE * part
     if error > RELATIVE_CAP * part:
         return False
-    per_element = abs(options.alpha) / scale / math.sqrt(matrix.w1.numel())
-    return sample.share(error * per_element, part * per_element) <= options.tolerance
+    return _share(matrix, sample, scale, error, part) <= matrix.setting.options.tolerance
+
+
+def _share(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> float:
+    """Predicted share of output elements that differ, from norms of delta * scale's rank-k part and its error."""
+    per_element = abs(matrix.setting.options.alpha) / scale / math.sqrt(matrix.w1.numel())
+    return sample.share(error * per_element, part * per_element)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +169,16 @@ class Solved:
     method: str
 
     @property
+    def part(self) -> float:
+        """Its Frobenius norm, of delta * scale."""
+        return math.sqrt(float(self.found.s.double().square().sum()))
+
+    @property
     def predicted_share(self) -> float | None:
         """Of output elements that differ from the exact result; None for wide outputs."""
         if self.matrix.w1.dtype not in ROUNDED:
             return None
-        size = abs(self.matrix.setting.options.alpha) / self.scale / math.sqrt(self.matrix.w1.numel())
-        part = math.sqrt(float(self.found.s.double().square().sum()))
-        return self.sample.share(size * self.found.error, size * part)
+        return _share(self.matrix, self.sample, self.scale, self.found.error, self.part)
 
 
 def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | Solved | _Unsolved:
@@ -185,8 +192,9 @@ def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | Solved | _Unso
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
             return _exactly(matrix, sample, power_of_two(largest_entry(w1, w0, run), FLOAT64_SCALE))
-        one = _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
-        return _by_gram(one) if by_gram(*w1.shape) else one
+        if by_gram(*w1.shape):
+            return _by_gram(matrix, sample, KeptDelta(w1, w0, run, rms=sample.delta_rms))
+        return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms))
     except NotFinite as problem:
         return problem
 
@@ -197,14 +205,14 @@ def _exactly(matrix: Matrix, sample: Sample, scale: float) -> Solved:
     return _judged(Solved(matrix, sample, found, scale, "exact"))
 
 
-def _by_gram(one: _Unsolved) -> Solved:
+def _by_gram(matrix: Matrix, sample: Sample, delta: KeptDelta) -> Solved:
     """By the Gram matrix: in float32 where that leaves a 16-bit output within the tolerance, else in float64."""
-    matrix, rank, scale = one.matrix, one.matrix.setting.rank, one.op.scale
-    if matrix.w1.dtype in ROUNDED and isinstance(one.op, KeptDelta):
-        quick = _judged(Solved(matrix, one.sample, gram_svd(one.op.dense, rank), scale, "gram"))
+    rank, scale = matrix.setting.rank, delta.scale
+    if matrix.w1.dtype in ROUNDED:
+        quick = _judged(Solved(matrix, sample, gram_svd(delta.dense, rank), scale, "gram"))
         if quick.found.converged and quick.found.unique:
             return quick
-    return _judged(Solved(matrix, one.sample, gram_svd(_wide_delta(matrix, scale), rank), scale, "gram"))
+    return _judged(Solved(matrix, sample, gram_svd(_wide_delta(matrix, scale), rank), scale, "gram"))
 
 
 def _wide_delta(matrix: Matrix, scale: float) -> Tensor:
@@ -213,10 +221,9 @@ def _wide_delta(matrix: Matrix, scale: float) -> Tensor:
 
 
 def _judged(one: Solved) -> Solved:
-    found = one.found
-    part = math.sqrt(float(found.s.double().square().sum()))
-    enough = _enough(one.matrix, one.sample, one.scale, found.error, part)
-    return replace(one, found=replace(found, converged=enough or not found.unique))
+    """With `converged` as the tolerance has it."""
+    enough = _enough(one.matrix, one.sample, one.scale, one.found.error, one.part)
+    return replace(one, found=replace(one.found, converged=enough or not one.found.unique))
 
 
 def _solve(unsolved: Sequence[_Unsolved]) -> list[Solved]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -81,19 +82,25 @@ class Workers:
 
     def call(self, work: Callable[[], T]) -> T:
         """Do `work` as a job, and return what it returns or raise what it raises; not from inside a job."""
-        result: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        return self.call_all([work])[0]
 
-        def job() -> None:
+    def call_all(self, works: Sequence[Callable[[], T]]) -> list[T]:
+        """The same for several jobs, one on each worker at a time; once all have ended the first error is raised."""
+        ends: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def job(index: int, work: Callable[[], T]) -> None:
             try:
-                result.put((work(), None))
+                ends.put((index, work(), None))
             except BaseException as problem:
-                result.put((None, problem))
+                ends.put((index, None, problem))
 
-        self.submit(job)
-        value, problem = result.get()
-        if problem is not None:
-            raise problem
-        return cast(T, value)
+        for index, work in enumerate(works):
+            self.submit(partial(job, index, work))
+        ended = sorted((ends.get() for _ in works), key=lambda end: end[0])
+        for _, _, problem in ended:
+            if problem is not None:
+                raise problem
+        return [cast(T, value) for _, value, _ in ended]
 
     def run(self, task: Callable[[int], None], count: int) -> None:
         """task(0), ..., task(count - 1) on this worker and all idle ones; returns when each is done.

@@ -103,6 +103,14 @@ def test_the_profile_accounts_for_the_whole():
     assert 0.3 * record["whole"]["median_s"] < known <= record["whole"]["median_s"]
 
 
+def test_small_matrices_side_by_side_are_measured_for_every_solver_that_gets_there():
+    ran = smoke("bench_small.py")
+    assert ran.returncode == 0, ran.stderr
+    for case in last_line(ran.stdout)["cases"]:
+        assert {"lox-stream", "full", "gram-eigh"} <= set(case["solvers"])
+        assert all(solver["differing"] <= 5e-4 and solver["all"]["median_s"] > 0 for solver in case["solvers"].values())
+
+
 @pytest.mark.parametrize("kernel", ["delta_matmul", "delta_rmatmul", "delta_normal"])
 def test_a_wrong_kernel_has_no_speed(monkeypatch, capsys, kernel):
     bench = benchmark("bench_kernels")
