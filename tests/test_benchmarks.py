@@ -199,3 +199,19 @@ def test_the_naive_way_agrees_with_the_oracle():
     w1 = (w0.float() + 0.01 * torch.randn(40, 30, generator=generator)).bfloat16()
     out = benchmark("naive").naive(w1, w0, 3, 1.25)
     assert oracle.agreement("w", w1, w0, out, 3, 1.25).share >= 0.999
+
+
+def test_the_kernels_compile_for_each_processor_within_its_limits():
+    pytest.importorskip("triton")
+    ran = smoke("compile_kernels.py")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    figures = last_line(ran.stdout)
+    assert {one["target"] for one in figures["kernels"]} == {"sm_80", "sm_90", "sm_100"}
+    assert all(one["registers"] > 0 for one in figures["kernels"])
+
+
+def test_products_in_parts_are_as_accurate_as_their_bits():
+    ran = smoke("bench_split.py")
+    assert ran.returncode == 0, ran.stderr
+    errors = {row["products"].rsplit(" ", 1)[1]: float(row["product"]) for row in last_line(ran.stdout)["rows"]}
+    assert errors["tf32x3"] < 3 * errors["float32"] < errors["bf16x3"] < errors["tf32"]

@@ -70,8 +70,13 @@ def test_imports_run_one_way(module):
 
 def test_kernels_import_nothing_of_lox_stream():
     allowed = {"torch", "numpy", "triton", *sys.stdlib_module_names}
-    for path in KERNELS.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         assert outside(path) <= allowed, path
+
+
+def test_triton_is_imported_only_where_a_gpu_computes():
+    assert not any("triton" in outside(path) for path in [*KERNELS.glob("*.py"), *PACKAGE.glob("*.py")])
+    assert "triton" not in python("import lox_stream.api, lox_stream.kernels, sys; print(*sys.modules)").split()
 
 
 @pytest.mark.parametrize("module", FILES)

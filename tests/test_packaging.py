@@ -21,9 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 REFERENCE = (ROOT / "docs" / "cli.md").read_text()
 MODULES = [f"lox_stream.{path.stem}" for path in sorted((ROOT / "lox_stream").glob("*.py")) if "__" not in path.stem]
-MODULES += [
-    f"lox_stream.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py")) if "__" not in path.stem
-]
+for folder, package in ((ROOT / "kernels", "lox_stream.kernels"), (ROOT / "kernels" / "gpu", "lox_stream.kernels.gpu")):
+    MODULES += [f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")) if "__" not in path.stem]
 
 
 def pins(path: Path) -> dict[str, str]:

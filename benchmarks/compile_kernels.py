@@ -1,0 +1,160 @@
+"""Compile the GPU kernels where there is no GPU, and show what each takes of a processor: registers, spills, memory.
+
+    python benchmarks/compile_kernels.py                          all cases for sm_80, sm_90 and sm_100: two minutes
+    python benchmarks/compile_kernels.py --target 90 --only 'delta*'
+
+What is compiled is what would be launched: the same description of a launch (kernels/gpu/launching.py), for weights
+that are not there. Exits 1 where a kernel spills registers, where two blocks do not fit a processor, where weights are
+loaded in less than 16 bytes, or where the tensor cores go on summing from tile to tile. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # or there would be nothing to compile
+
+import torch
+import triton
+from harness import Table, finish, say
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+from lox_stream.kernels.gpu import delta_matmul, delta_rmatmul, fullrank_update, lowrank_update, partial_sums
+from lox_stream.kernels.gpu.launching import Launch
+
+REGISTERS, THREADS = 65536, 2048  # of a processor
+SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of a processor
+RESERVED_KIB = 1  # of shared memory, for each block
+BLOCKS = 2  # that have to fit a processor, so that one loads while the other computes
+LOAD_BYTES = 16
+M, N = 8192, 28672
+SMOKE = ["delta*bf16, 16 columns, squares", "lowrank_update bf16, rank 6, nearest", "partial_sums"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DOT = r"tt\.dot \S+, \S+, (\S+),|warp_group_dot \S+, \S+, (\S+) |tc_gen5_mma \S+, \S+, \S+, (\S+),"  # its sum before
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a kernel takes, and how it loads and sums."""
+
+    case: str
+    target: str
+    registers: int  # of a thread
+    spilled_bytes: int  # of a thread
+    shared_kib: float  # of a block
+    blocks: int  # that fit a processor
+    load_bytes: int  # of the narrowest load that runs ahead
+    fresh: bool  # the tensor cores' sums begin with each tile
+
+    @property
+    def good(self) -> bool:
+        return self.spilled_bytes == 0 and self.blocks >= BLOCKS and self.load_bytes >= LOAD_BYTES and self.fresh
+
+    def row(self) -> tuple[str, ...]:
+        figures = (self.registers, self.spilled_bytes, self.shared_kib, self.blocks, self.load_bytes)
+        return (self.case, *map(str, figures), ("yes" if self.fresh else "no") + (" (bad)" if not self.good else ""))
+
+
+def cases() -> Iterator[tuple[str, Launch]]:
+    """Each kernel in the variants that are launched, for a weight of 70B."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for name, dtype in DTYPES.items():
+        w1, w0, out = (empty(M, N, dtype=dtype) for _ in range(3))
+        for lanes in (16, 32, 64):
+            for squares in (False, True):
+                how = f"{name}, {lanes} columns" + ", squares" * squares
+                yield f"delta_matmul {how}", delta_matmul.launch_of(w1, w0, empty(lanes, N).T, squares=squares)[0]
+                yield f"delta_rmatmul {how}", delta_rmatmul.launch_of(w1, w0, empty(lanes, M).T, squares=squares)[0]
+        for key in (None, (1, 2)) if dtype != torch.float32 else (None,):
+            how = "stochastic" if key else "nearest"
+            for rank in (6, 16, 64):
+                launch, _ = lowrank_update.launch_of(w1, empty(M, rank), empty(rank, N), out, key=key)
+                yield f"lowrank_update {name}, rank {rank}, {how}", launch
+            yield f"fullrank_update {name}, {how}", fullrank_update.launch_of(w1, w0, 1.25, out, key=key)[0]
+    yield "partial_sums", partial_sums.launch_of(empty(8, M, 16), empty(M, 16))
+
+
+class Target:
+    """Stands where Triton expects the driver of a GPU: it names the processor to compile for, and cannot launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it compiled by this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(case: str, launch: Launch, capability: int) -> Compiled:
+    """Compile for the active target; the assembler says what it took."""
+    kernel = launch.compiled()
+    ptx, threads = kernel.asm["ptx"], 32 * launch.num_warps
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        processor = re.findall(r"\.target (\w+)", ptx)[0]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={processor}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    shared_kib = kernel.metadata.shared / 1024
+    in_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    in_memory = int(SHARED_KIB[capability] / (shared_kib + RESERVED_KIB))
+    begun = ["".join(sums) for sums in re.findall(DOT, kernel.asm["ttgir"])]
+    return Compiled(
+        case,
+        f"sm_{capability}",
+        registers,
+        sum(int(count) for count in re.findall(r"(\d+) bytes spill", said)),
+        round(shared_kib, 1),
+        min(in_registers, in_memory, THREADS // threads),
+        min(
+            (int(count, 16) for count in re.findall(r"cp\.async\.c\w\.shared\S* .*, 0x(\w+)", ptx)), default=LOAD_BYTES
+        ),
+        not begun or begun[0].startswith(("%cst", "%false")),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=int, action="append", choices=sorted(SHARED_KIB), help="default: all")
+    parser.add_argument("--only", metavar="GLOB", action="append", help="only cases with such names")
+    parser.add_argument("--smoke", action="store_true", help="a handful of cases")
+    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
+    args = parser.parse_args()
+    globs = args.only or (SMOKE if args.smoke else ["*"])
+    found = []
+    for capability in args.target or sorted(SHARED_KIB):
+        say(f"sm_{capability}")
+        triton.runtime.driver.set_active(Target(capability))
+        for case, launch in cases():
+            if any(fnmatch.fnmatch(case, glob) for glob in globs):
+                found.append(compiled(case, launch, capability))
+    heads = ("kernel", "registers", "spilled bytes", "shared KiB", "blocks a processor", "load bytes", "fresh sums")
+    tables = [
+        Table(target, heads, tuple(one.row() for one in found if one.target == target))
+        for target in dict.fromkeys(one.target for one in found)
+    ]
+    finish("compile_kernels", tables, {"triton": triton.__version__, "kernels": [*map(asdict, found)]}, args.results)
+    sys.exit(0 if all(one.good for one in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

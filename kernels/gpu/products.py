@@ -1,0 +1,118 @@
+"""What the two products with the difference share: how a matrix is cut, what a kernel is given, sums of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launching import Arguments, Launch, check_weights, power_of_two_over, tiles_of
+from .partial_sums import total
+
+LANES = 64  # columns of X or Y that one pass over the weights multiplies
+DOT_LANES = 16  # columns that a tensor core multiplies at least
+PROGRAMS = 1024  # that a matrix is cut into where it is large enough: four rounds of two blocks on 132 processors
+FEWEST_TILES = 8  # of one program: below, starting its loads costs more than further programs give
+PRECISION = "tf32x3"  # of a product; delta_matmul.py says why
+
+Tiles = Mapping[int, tuple[int, int, int]]  # lanes: rows and columns of a tile of 16-bit weights, warps
+
+
+def splits_of(outer: int, inner: int) -> int:
+    """Into how many parts a loop over `inner` tiles is cut, where `outer` programs run beside it.
+
+    A function of the shape alone, so that the order of a sum, and with it its bits, are the same on every device.
+
+    >>> splits_of(32, 64), splits_of(2004, 128), splits_of(1, 10)
+    (8, 1, 1)
+    """
+    return max(1, min(tiles_of(PROGRAMS, outer), inner // FEWEST_TILES))
+
+
+def launch_of(
+    kernel: Any,
+    tiles: Tiles,
+    w1: Tensor,
+    w0: Tensor,
+    x: Tensor,
+    *,
+    turned: bool,
+    scale: float = 1.0,
+    squares: bool = False,
+    precision: str = PRECISION,
+) -> tuple[Launch, Tensor, Tensor]:
+    """The launch for x (n, l), or (m, l) where it is `turned`, l up to LANES; its partial sums, and those of squares.
+
+    The partial sums are (splits, m, l), or (splits, l, n) where it is turned.
+    """
+    check_weights(w1, w0)
+    m, n = w1.shape
+    lanes = x.shape[1]
+    check_float32(x, m if turned else n, w1.device)
+    block_l = power_of_two_over(lanes, DOT_LANES)
+    block_m, block_n, warps = tiles[block_l]
+    if max(w1.element_size(), w0.element_size()) > 2:  # a tile has so many bytes
+        block_m, block_n = (block_m // 2, block_n) if turned else (block_m, block_n // 2)
+    (outer, block_outer), (inner, block_inner) = (
+        ((n, block_n), (m, block_m)) if turned else ((m, block_m), (n, block_n))
+    )
+    bands, steps = tiles_of(outer, block_outer), tiles_of(inner, block_inner)
+    part = tiles_of(steps, splits_of(bands, steps)) * block_inner
+    splits = tiles_of(inner, part)
+    shape = (splits, lanes, n) if turned else (splits, m, lanes)
+    parts = torch.empty(shape, dtype=torch.float32, device=w1.device)
+    sums = torch.empty(splits * bands if squares else 1, dtype=torch.float64, device=w1.device)
+    arguments: Arguments = {
+        "w1_ptr": w1,
+        "w0_ptr": w0,
+        "x_ptr": x,
+        "out_ptr": parts,
+        "squares_ptr": sums,
+        "m": m,
+        "n": n,
+        "lanes": lanes,
+        "stride1": w1.stride(0),
+        "stride0": w0.stride(0),
+        "stride_x": x.stride(0),
+        "stride_l": x.stride(1),
+        "part": part,
+        "scale": scale,
+        "one": 1.0,
+    }
+    constants = {"SQUARES": squares, "PRECISION": precision}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
+    launch = Launch(kernel, (bands, splits), arguments, constants | blocks, num_warps=warps, num_stages=3)
+    return launch, parts, sums
+
+
+def product(
+    launch_of: Callable[..., tuple[Launch, Tensor, Tensor]],
+    w1: Tensor,
+    w0: Tensor,
+    x: Tensor,
+    along: int,
+    *,
+    scale: float,
+    squares: list[Tensor] | None,
+    precision: str,
+) -> Tensor:
+    """The product in groups of LANES columns of x, joined `along`; `squares` receives one float64 tensor ()."""
+    products: list[Tensor] = []
+    for group in x.split(LANES, 1):
+        wanted = squares is not None and not products
+        launch, parts, sums = launch_of(w1, w0, group, scale=scale, squares=wanted, precision=precision)
+        launch()
+        products.append(total(parts))
+        if squares is not None and wanted:
+            squares.append(sums.sum())
+    return products[0] if len(products) == 1 else torch.cat(products, along)
+
+
+def check_float32(x: Tensor, rows: int, device: torch.device) -> None:
+    """What a kernel asks of the other factor; its strides may be any."""
+    assert x.ndim == 2, "the other factor has to be a matrix"
+    assert x.shape[0] == rows, f"the other factor has {x.shape[0]} rows, expected {rows}"
+    assert x.dtype == torch.float32, f"the other factor is {x.dtype}, expected torch.float32"
+    assert x.device == device, f"the other factor is on {x.device}, the weights on {device}"
