@@ -25,13 +25,13 @@ def orthonormal(block: Tensor, old: Tensor, norm: Sequence[float], room: Sequenc
     are normalised again.
     """
     wide = off(block, old).double()
-    turn, found, left = normalising(wide @ wide.mT, norm, room)
-    block = off((turn @ wide).float(), old)
+    turn, found, left = normalising((wide @ wide.mT).cpu(), norm, room)
+    block = off((turn.to(wide.device) @ wide).float(), old)
     little = [i for i, share in enumerate(left) if share < MUCH_LEFT]
     if little:
         wide = block[little].double()
-        turn, again, _ = normalising(wide @ wide.mT, [1.0] * len(little), [found[i] for i in little])
-        block[little] = (turn @ wide).float()
+        turn, again, _ = normalising((wide @ wide.mT).cpu(), [1.0] * len(little), [found[i] for i in little])
+        block[little] = (turn.to(wide.device) @ wide).float()
         for i, count in zip(little, again, strict=True):
             found[i] = count
     return block, found
@@ -43,7 +43,8 @@ def off(block: Tensor, old: Tensor) -> Tensor:
 
 
 def normalising(gram: Tensor, norm: Sequence[float], room: Sequence[int]) -> tuple[Tensor, list[int], list[float]]:
-    """Matrices T (c, b, b) that make rows with these Gram matrices (c, b, b) orthonormal, but for rows of zeros.
+    """Matrices T (c, b, b) that make rows with these Gram matrices (c, b, b) orthonormal, but for rows of zeros; all on
+    the host.
 
     Also how many rows T makes, and the least share of `norm`, or of the longest row, that the given ones have in one
     of these directions.

@@ -7,6 +7,9 @@ Gram matrix, in float64, gives the best rank-k part that the space holds ("proje
 
 so A v = s u by construction, and the residual on the other side is bounded without another product.
 
+What is as long as the matrix lies on the device of its products; what is small lies on the host, where LAPACK takes
+microseconds for it. Two small Gram matrices a block come to the host, which waits for them; nothing else does.
+
 A step of a small matrix is some forty operations of a few microseconds, so matrices go together: what is small is one
 call for all of them. Each has the bits that it has alone, whatever its companions are.
 """
@@ -23,7 +26,7 @@ from lox_stream.bases import DEFLATION, off, orthonormal
 from lox_stream.convergence import Enough, Watch
 from lox_stream.costs import GRAM_COLUMNS
 from lox_stream.errors import DataError
-from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, power_of_two
+from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, device_of, power_of_two
 
 FIRST_LOOK = 10  # columns over the rank, before which the leading part is not worth a look
 EVEN = 32.0  # condition of a block's images up to which they are multiplied by A' as they are
@@ -34,6 +37,7 @@ class Run:
 
     def __init__(self, op: Operator, rank: int, generator: torch.Generator, enough: Enough) -> None:
         self.op = op
+        self.device = device_of(op)
         self.scale = 1.0  # of what is iterated: A * scale, a power of two, for products within float32
         self.watch = Watch(rank)
         self.passes = 0
@@ -49,7 +53,7 @@ class Run:
     def start(self, width: int) -> Tensor:
         """(width, n) rows in the range of A'."""
         m, n = self.op.shape
-        random = torch.randn(width, m, generator=self._generator, dtype=torch.float32)
+        random = torch.randn(width, m, generator=self._generator, dtype=torch.float32).to(self.device)
         rows = self.backward(random)
         norm = math.sqrt(self.op.squared_norm())
         if not (norm <= torch.finfo(torch.float32).max and bool(rows.isfinite().all())):
@@ -89,7 +93,7 @@ class Run:
 
 def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
     """Grow the spaces of all runs, block by block; each leaves when it is done."""
-    space = Space(runs[0].op.shape, len(runs), rank, columns)
+    space = Space(runs[0].op.shape, len(runs), rank, columns, runs[0].device)
     block, found = _first_block(runs, width, space)
     while runs:
         spent = [count == 0 for count in found]
@@ -121,12 +125,12 @@ def _first_block(runs: list[Run], width: int, space: Space) -> tuple[Tensor, lis
     block, _ = orthonormal(torch.stack([run.start(width) for run in runs]), none, norm, room)
     images = torch.stack([run.forward(rows) for run, rows in zip(runs, block, strict=True)])
     wide = images.double()
-    rows, _, _ = _backward(runs, images, wide @ wide.mT)
+    rows, _, _ = _backward(runs, images, (wide @ wide.mT).cpu())
     return orthonormal(rows, none, norm, room)
 
 
 def _backward(runs: list[Run], images: Tensor, gram: Tensor) -> tuple[Tensor, list[float], list[Tensor | None]]:
-    """A' times rows that span the newest images (c, b, m), of which the Gram matrices (c, b, b) are given.
+    """A' times rows that span the newest images (c, b, m), of which the Gram matrices (c, b, b) are given, on the host.
 
     Returns the products (c, b, n), the length of the longest row that was multiplied, which noise is a share of, and
     the matrices (b, b) that give the images back from those rows; None where they are the images.
@@ -142,7 +146,7 @@ def _backward(runs: list[Run], images: Tensor, gram: Tensor) -> tuple[Tensor, li
             run.normal = run.back = None
         if run.back is None:
             turn = torch.where(roots[i] > DEFLATION * lengths[-1], 1 / roots[i], 0.0)[:, None] * vectors[i].T
-            rows.append(run.backward((turn @ images[i].double()).float()))
+            rows.append(run.backward((turn.to(run.device) @ images[i].double()).float()))
             longest.append(1.0)
             undo.append(vectors[i] * roots[i])
         else:
@@ -159,11 +163,11 @@ class Space:
     A direction that was dropped is a row of zeros, so that they go in step.
     """
 
-    def __init__(self, shape: tuple[int, int], count: int, rank: int, columns: int) -> None:
+    def __init__(self, shape: tuple[int, int], count: int, rank: int, columns: int, device: torch.device) -> None:
         m, n = shape
         self.size = 0
-        self.basis = torch.empty(count, columns, n, dtype=torch.float32)  # P'
-        self.image = torch.empty(count, columns, m, dtype=torch.float32)  # (A P)'
+        self.basis = torch.empty(count, columns, n, dtype=torch.float32, device=device)  # P'
+        self.image = torch.empty(count, columns, m, dtype=torch.float32, device=device)  # (A P)'
         self.gram = torch.zeros(count, 0, 0, dtype=torch.float64)
         self.y = torch.zeros(count, 0, rank, dtype=torch.float64)  # of the last look
         self.s: list[list[float]] = [[]] * count
@@ -175,10 +179,11 @@ class Space:
         self.size = size = old + self._width
         self.basis[:, old:size] = block
         self.image[:, old:size] = image
-        wide, new = image.double(), torch.zeros(len(image), self._width, size, dtype=torch.float64)
+        wide, new = image.double(), self.image.new_zeros(len(image), self._width, size, dtype=torch.float64)
         for first in range(0, image.shape[2], GRAM_COLUMNS):  # in float64, as many as stay in the cache
             part = slice(first, first + GRAM_COLUMNS)
             new += wide[:, :, part] @ self.image[:, :size, part].double().mT
+        new = new.cpu()
         self.gram = torch.cat([torch.cat([self.gram, new[:, :, :old].mT], 2), new], 1)
         squares = self._newest_gram().diagonal(dim1=1, dim2=2).tolist()
         for run, count, lengths in zip(runs, found, squares, strict=True):
@@ -236,12 +241,13 @@ class Space:
         share = self.y[i, -self._width :, : len(s)].T / s[:, None]
         share = share if undo is None else share @ undo
         beyond = off(rows[None], self.basis[i : i + 1, : self.size])[0]
-        rest = share.float() @ beyond
-        across = (s[:, None] * right + rest).double()
-        values, turn = torch.linalg.eigh(across @ across.T)
+        rest = share.float().to(beyond.device) @ beyond
+        across = (s.to(beyond.device)[:, None] * right + rest).double()
+        values, turn = torch.linalg.eigh((across @ across.T).cpu())
         t, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1).T
+        shrunk, turn = (turn / t[:, None]).to(beyond.device), turn.to(beyond.device)
         run.watch.half_step(t.tolist(), torch.linalg.vector_norm(turn @ rest.double(), dim=1).tolist())
-        return (turn @ left.double()).float(), t.float(), (turn / t[:, None] @ across).float()
+        return (turn @ left.double()).float(), t.float(), (shrunk @ across).float()
 
     def leave_exhausted(self, runs: list[Run], which: list[bool]) -> tuple[list[Run], list[int]]:
         """Let those leave whose spaces are invariant: a last look sees the matrix itself, up to rounding."""
@@ -271,16 +277,17 @@ class Space:
         self.gram, self.y, self.s = self.gram[which], self.y[which], [self.s[i] for i in which]
 
     def _factors(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """u' (k, m), s (k,), v' (k, n) float32 of the last look."""
+        """u' (k, m), s (k,), v' (k, n) float32 of the last look; s on the host."""
         s = torch.tensor([value for value in self.s[i] if value > 0], dtype=torch.float64)
         y = self.y[i, :, : len(s)]
-        seen = slice(0, len(y))
-        return (y / s).T.float() @ self.image[i, seen], s.float(), y.T.float() @ self.basis[i, seen]
+        seen, device = slice(0, len(y)), self.image.device
+        left, right = (y / s).T.float().to(device), y.T.float().to(device)
+        return left @ self.image[i, seen], s.float(), right @ self.basis[i, seen]
 
 
 def _moved(stack: Tensor, stay: list[int], size: int) -> Tensor:
     """Some of a stack in memory of their own; of their rows the first `size` count."""
-    moved = torch.empty(len(stay), *stack.shape[1:], dtype=stack.dtype)
+    moved = torch.empty(len(stay), *stack.shape[1:], dtype=stack.dtype, device=stack.device)
     for to, i in enumerate(stay):
         moved[to, :size] = stack[i, :size]
     return moved

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 FLOAT32_SCALE, FLOAT64_SCALE = 120, 1000  # exponents of the largest scales that leave such numbers finite
@@ -17,7 +18,8 @@ Normal = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Operator(Protocol):
     """A matrix (m, n) that can be multiplied. All tensors are float32.
 
-    It may have a method `normal(x)` that gives y = A @ x and A.T @ y, (n, l) -> (m, l) and (n, l), in one pass.
+    It may have a method `normal(x)` that gives y = A @ x and A.T @ y, (n, l) -> (m, l) and (n, l), in one pass; and
+    a `device`, on which its products take and leave their tensors. Without one that is the CPU.
     """
 
     @property
@@ -33,6 +35,11 @@ class Operator(Protocol):
         """|A|_F^2. Asked for after the first product, so that it can be taken on the way."""
 
 
+def device_of(op: Operator) -> torch.device:
+    """Where its products take and leave their tensors."""
+    return getattr(op, "device", torch.device("cpu"))
+
+
 @dataclass(frozen=True, slots=True)
 class Turned:
     """A.T of an operator."""
@@ -43,6 +50,10 @@ class Turned:
     def shape(self) -> tuple[int, int]:
         m, n = self.op.shape
         return n, m
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.op)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.op.rmatmul(x)

@@ -24,9 +24,9 @@ OBLONG = 8  # times as wide as high: the basis on the columns would cost more th
 class TruncatedSVD:
     """The rank-k part `u @ diag(s) @ vh` of an operator, and what is known of it."""
 
-    u: Tensor  # (m, k) float32
-    s: Tensor  # (k,) float32, descending
-    vh: Tensor  # (k, n) float32
+    u: Tensor  # (m, k) float32, on the operator's device
+    s: Tensor  # (k,) float32, descending, on the host
+    vh: Tensor  # (k, n) float32, on the operator's device
     residual: float  # upper bound of max_i(|A v - s u|, |A' u - s v|) / s_1; rigorous up to rounding
     radius: tuple[float, ...]  # each s_i has a singular value of A within radius_i; rigorous up to rounding
     squared_norm: float  # |A|_F^2

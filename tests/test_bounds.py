@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from dense import Dense, OnePass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,30 +20,6 @@ from lox_stream.synthetic import matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = torch.finfo(torch.float32).eps
-
-
-class Dense:
-    """An operator over a float32 matrix."""
-
-    def __init__(self, a):
-        self.a, self.shape = a, tuple(a.shape)
-
-    def matmul(self, x):
-        return self.a @ x
-
-    def rmatmul(self, y):
-        return self.a.T @ y
-
-    def squared_norm(self):
-        return float(self.a.double().square().sum())
-
-
-class OnePass(Dense):
-    """The same with both products in one pass."""
-
-    def normal(self, x):
-        y = self.a @ x
-        return y, self.a.T @ y
 
 
 def hilbert(n):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from dense import Dense, OnePass
 
 from lox_stream.convergence import NO_GAP
 from lox_stream.costs import basis_columns, block_width
@@ -14,41 +15,6 @@ from lox_stream.synthetic import matrix, power_law
 
 EPS = torch.finfo(torch.float32).eps
 RANK = 6
-
-
-class Dense:
-    """An operator over a dense matrix that counts its products."""
-
-    def __init__(self, a):
-        self.a = a.float()
-        self.shape = tuple(a.shape)
-        self.passes = 0
-
-    def matmul(self, x):
-        assert x.dtype == torch.float32
-        self.passes += 1
-        return self.a @ x
-
-    def rmatmul(self, y):
-        assert y.dtype == torch.float32
-        self.passes += 1
-        return self.a.T @ y
-
-    def squared_norm(self):
-        assert self.passes, "asked before the first product"
-        return float(self.a.double().square().sum())
-
-
-class OnePass(Dense):
-    """The same with both products in one pass."""
-
-    def normal(self, x):
-        assert x.dtype == torch.float32
-        self.passes += 1
-        y = self.a @ x
-        return y, self.a.T @ y
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", [Dense, OnePass])
 
