@@ -270,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch, Workers(thread_count(Options())) as workers:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
+        if args.results is not None:
+            args.results.parent.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
         setup = Setup(work, workers, 1 if args.smoke else args.repeat, args.limit, machine()["commit"])
         results = list(everything(args, setup))
     rows = [row for row in results if isinstance(row, Measured)]

@@ -53,7 +53,7 @@ def test_the_stream_benchmark_measures_everything_and_leaves_nothing(tmp_path):
 
 
 def test_the_svd_benchmark_goes_on_where_it_was_and_writes_every_result(tmp_path):
-    results = tmp_path / "svd.md"
+    results = tmp_path / "new" / "svd.md"
     ran = smoke("bench_svd.py", "--work", str(tmp_path / "work"), "--results", str(results))
     assert ran.returncode == 0, ran.stderr
     figures = last_line(ran.stdout)
