@@ -10,7 +10,7 @@ WHEEL := build/wheel
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs torture bench size wheel clean
+.PHONY: help demo test check docs torture kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -25,6 +25,9 @@ torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full dis
 
 docs: $(VENV)/ready-dev ## run the examples of README.md and docs/
 	$(BIN)/pytest tests/test_docs.py
+
+kernels: $(VENV)/ready-dev ## compile the GPU kernels for three processors, and hold them to their limits
+	$(BIN)/python benchmarks/compile_kernels.py
 
 check: $(VENV)/ready-dev ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -92,7 +92,7 @@ def execute(
     if resume and overwrite:
         raise OptionError("resume and overwrite are both set, expected one: go on with the run, or start it anew")
     check_platform()
-    check_device(plan.options)
+    check_device(plan.options, plan.steps)
     started = time.monotonic()
     cancel = cancel or threading.Event()
     with Output(plan, resume=resume, overwrite=overwrite) as output:
@@ -240,6 +240,7 @@ def stream(
     check_platform()
     check_device(options)
     made = plan(base, aligned, options=options)
+    check_device(options, made.steps)
     return _stream(made, cancel or threading.Event())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_stream.charts import check_file, check_picture, need, picture, terminal_plot
-from lox_stream.errors import OptionError
+from lox_stream.errors import DeviceError, OptionError
 from lox_stream.messages import echo_json, escaped, warn
 from lox_stream.names import printable
 from lox_stream.options import Options
@@ -67,6 +67,10 @@ def carry_out(request: Request) -> int:
         check_file(request.table, "--csv")
     with Interruption(lambda: "stopped"):
         made = plan(request.base, request.aligned, options=Options(device=request.device))
+        if request.device.startswith("cuda"):
+            raise DeviceError(
+                f"--device {request.device}: solvers are compared on the CPU in this release. Leave the option out"
+            )
         from lox_stream.comparing import LeftOut, Measured
         from lox_stream.device import check_device
 

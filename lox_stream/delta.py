@@ -27,12 +27,18 @@ class Delta:
     `scale` is a power of two, chosen so that the products neither overflow nor vanish: from `rms`, a guess of an
     entry's size, and again from the true largest entry if the first product shows that the guess was bad. Divide
     singular values by it. The sum of squares is taken in the first product. Raises NotFinite from that product.
+    Where the weights are copies on a GPU, `seen` are those on the host, for the looks at single elements.
     """
 
-    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
+    turned = False
+
+    def __init__(
+        self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0, seen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.w1, self.w0 = w1, w0
+        self.device = w1.device
         self.run = run
-        self.turned = False
+        self._seen = seen or (w1, w0)
         self.scale = _scale_for(rms, w1, w0)
         self._squares: float | None = None
 
@@ -59,7 +65,7 @@ class Delta:
         if self._squares is not None:
             return kernel(self.w1, self.w0, x, scale=self.scale, run=self.run)
         product = self._first(kernel, x)
-        scale = _better_scale(self.squared_norm(), self.w1, self.w0, self.run)
+        scale = _better_scale(self.squared_norm(), *self._seen, self.run)
         if scale is not None:
             self.scale = scale
             product = self._first(kernel, x)

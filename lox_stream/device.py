@@ -2,29 +2,73 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from lox_stream.cards import CudaCard
+from lox_stream.costs import kept
 from lox_stream.errors import DeviceError
+from lox_stream.matching import Step
+from lox_stream.on_card import SHARE, OnCard, bytes_on_card
 from lox_stream.options import Options
 
 
-def check_device(options: Options) -> None:
-    """Raise DeviceError for a device that cannot be used. "auto" and "cpu" compute on the CPU in this release."""
-    import torch
+def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
+    """Raise DeviceError for a device that cannot be used, or whose memory is too small for a matrix of `steps`.
 
+    "auto" computes on the CPU in this release.
+    """
     if torch.get_float32_matmul_precision() != "highest":
         raise DeviceError(
             f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}, expected 'highest': "
             "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
         )
-    if not options.device.startswith("cuda"):
-        return
-    if torch.cuda.is_available():
-        found = (
-            f"torch {torch.__version__} sees {torch.cuda.get_device_name()}, but this release computes on the CPU only"
+    if options.device.startswith("cuda"):
+        missing = _missing(options.device) or too_large(steps, CudaCard(_index(options.device)).free_bytes())
+        if missing:
+            raise DeviceError(f"--device {options.device}: {missing}. Compute on the CPU with --device cpu")
+
+
+def card_of(options: Options) -> OnCard | None:
+    """The GPU that was asked for; None for the CPU."""
+    return OnCard(CudaCard(_index(options.device))) if options.device.startswith("cuda") else None
+
+
+def _index(device: str) -> int:
+    return torch.device(device).index or 0
+
+
+def _missing(device: str) -> str:
+    """What a GPU lacks that is asked for, in words; nothing if it can be used."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return f"no usable CUDA GPU: torch {torch.__version__} was built without CUDA"
+        return (
+            f"no usable CUDA GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) finds none; nvidia-smi tells "
+            "if the driver does"
         )
-    elif torch.version.cuda is None:
-        found = f"torch {torch.__version__} was built without CUDA"
-    else:
-        found = (
-            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; nvidia-smi tells if the driver does"
-        )
-    raise DeviceError(f"--device {options.device}: no usable CUDA GPU: {found}. Compute on the CPU with --device cpu")
+    count = torch.cuda.device_count()
+    if _index(device) >= count:
+        return f"no such GPU: torch sees {count}, numbered from 0"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, which the GPU kernels are written in. Install lox-stream[gpu]"
+    return ""
+
+
+def too_large(steps: Sequence[Step], free_bytes: int) -> str:
+    """The first matrix that a card of so much memory cannot take, in words; nothing if it can take them all."""
+    usable = int(free_bytes * SHARE)
+    for step in steps:
+        if step.base is None or step.action != "extrapolate" or kept(step.m, step.n):
+            continue
+        elements = step.count * step.m * step.n
+        sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
+        needed = bytes_on_card(step.m, step.n, step.rank, sizes)
+        if needed > usable:
+            return (
+                f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.1f} GB of GPU memory, expected at most "
+                f"{usable / 1e9:.1f}: {SHARE:.0%} of the {free_bytes / 1e9:.1f} GB that are free. Free some"
+            )
+    return ""

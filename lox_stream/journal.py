@@ -30,7 +30,7 @@ from lox_stream.planning import Plan
 
 FORMAT = 1
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
-FREE_OPTIONS = ("device", "memory_bytes", "threads")  # no byte of the output depends on them
+FREE_OPTIONS = ("memory_bytes", "threads")  # no byte of the output depends on them
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
@@ -81,8 +81,10 @@ def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
 
 
 def byte_options(options: Options) -> dict[str, Any]:
-    """The options that the bytes of the output depend on."""
-    return {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
+    """The options that the bytes of the output depend on: of the device, whether it is a GPU, which sums in another
+    order."""
+    kept = {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
+    return kept | {"device": "cuda" if options.device.startswith("cuda") else "cpu"}
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from lox_stream import costs
+from lox_stream.device import card_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
 from lox_stream.matching import Step
+from lox_stream.on_card import PINNED_BYTES, OnCard
 from lox_stream.options import Options
 from lox_stream.planning import memory_needed
 from lox_stream.processing import Target, process
@@ -29,6 +31,7 @@ from lox_stream.workers import Workers
 TICK_S = 0.1
 WINDOW_BYTES = 2 << 30  # input that waits in the page cache, at most
 SPAN_BYTES = 64 << 20  # of aligned, from the first to the last step of a job
+CARD_THREADS = 4  # for a GPU: one copies in, one solves, one writes, and one is on its way
 FIRST = 8  # jobs that may change places
 
 Job = tuple[int, ...]  # indices of the steps that are carried out together
@@ -84,7 +87,8 @@ def compute(
     the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
     buffers stay within `options.memory_bytes`, except that one job is always admitted.
     """
-    threads = thread_count(options)
+    card = card_of(options)
+    threads = thread_count(options) if card is None else max(thread_count(options), CARD_THREADS)
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     jobs = jobs_of(steps, options)
     if not in_order:
@@ -104,7 +108,7 @@ def compute(
                 if stop is not None and stop.is_set():
                     raise Cancelled("stopped on request")
                 for job in admission.admit():
-                    workers.submit(_work(job, steps, place, options, workers, events))
+                    workers.submit(_work(job, steps, place, options, workers, card, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
@@ -174,7 +178,8 @@ class _Admission:
         held_bytes: Callable[[Step], int],
     ) -> None:
         self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
-        self.budget = max(options.memory_bytes - costs.thread_bytes(threads), options.memory_bytes // 4)
+        own = costs.thread_bytes(threads) + (PINNED_BYTES if options.device.startswith("cuda") else 0)
+        self.budget = max(options.memory_bytes - own, options.memory_bytes // 4)
         self.most = threads + 1
         self.working: set[Job] = set()
         self.fetched = 0  # jobs that were read and not admitted yet
@@ -211,13 +216,14 @@ def _work(
     place: Callable[[Step], Target],
     options: Options,
     workers: Workers,
+    card: OnCard | None,
     events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
     def work() -> None:
         these = [steps[index] for index in job]
         try:
             workers.check()
-            written = process(these, place, options, workers.run)
+            written = process(these, place, options, workers.run, card)
         except BaseException as problem:  # raised where the events are read
             events.put(_Failed(problem))
         else:

@@ -18,6 +18,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step
+from lox_stream.on_card import OnCard
 from lox_stream.options import Options
 from lox_stream.reader import TORCH_DTYPES, mapped
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
@@ -36,9 +37,9 @@ class Target(Protocol):
 
 
 def process(
-    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run
+    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run, card: OnCard | None = None
 ) -> list[tuple[TensorFacts, Target]]:
-    """Carry out a step, or several whose matrices have one shape and are solved together.
+    """Carry out a step, or several whose matrices have one shape and are solved together; on `card` what it takes.
 
     `place(step)` makes its target, a second time if the tensor has to be written anew. Raises DataError for NaN or Inf,
     unless `options.on_nonfinite` is "copy".
@@ -47,7 +48,7 @@ def process(
     targets = [place(step) for step in steps]
     outcomes: list[Outcome] = [()] * len(steps)
     if steps[0].action == "extrapolate":
-        outcomes = _extrapolate(steps, targets, options, run)
+        outcomes = _extrapolate(steps, targets, options, run, card)
     finished = []
     for step, target, outcome in zip(steps, targets, outcomes, strict=True):
         if step.action == "copy" or isinstance(outcome, NotFinite):
@@ -80,7 +81,9 @@ def _facts(step: Step, outcome: Outcome, checksum: str, elapsed_s: float) -> Ten
     )
 
 
-def _extrapolate(steps: Sequence[Step], targets: Sequence[Target], options: Options, run: Run) -> list[Outcome]:
+def _extrapolate(
+    steps: Sequence[Step], targets: Sequence[Target], options: Options, run: Run, card: OnCard | None
+) -> list[Outcome]:
     """For each step the facts of its matrices, or what is not finite in it."""
     outcomes: list[Outcome] = [()] * len(steps)
     with contextlib.ExitStack() as maps:
@@ -92,7 +95,7 @@ def _extrapolate(steps: Sequence[Step], targets: Sequence[Target], options: Opti
         size = together(steps[0].m, steps[0].n, options.rank, options.svd, options.memory_bytes)
         for first in range(0, len(matrices), size):
             some = matrices[first : first + size]
-            found = extrapolate_matrices([matrix for _, matrix in some], run)
+            found = _computed([matrix for _, matrix in some], run, card)
             for (i, matrix), facts in zip(some, found, strict=True):
                 before = outcomes[i]
                 if isinstance(before, NotFinite):
@@ -104,6 +107,12 @@ def _extrapolate(steps: Sequence[Step], targets: Sequence[Target], options: Opti
                 if facts.method == "zero":
                     _copy(as_bytes(matrix.w1), targets[i], matrix.setting.first * matrix.w1.element_size(), run)
     return outcomes
+
+
+def _computed(matrices: Sequence[Matrix], run: Run, card: OnCard | None) -> list[MatrixFacts | NotFinite]:
+    if card is not None and len(matrices) == 1 and card.takes(matrices[0]):
+        return [card.extrapolate(matrices[0], run)]
+    return extrapolate_matrices(matrices, run)
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:

@@ -15,7 +15,7 @@ from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
-from lox_stream.operators import FLOAT64_SCALE, power_of_two
+from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two
 from lox_stream.options import Options
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
@@ -133,6 +133,19 @@ def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | N
     return [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
 
 
+def solve_away(matrix: Matrix, w1: Tensor, w0: Tensor, run: Run) -> MatrixFacts | NotFinite | Solved:
+    """`solve_matrices` of a matrix that is solved by the randomized solver, on copies of its weights on a GPU."""
+    sample = Sample(matrix.w1, matrix.w0)
+    if not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run):
+        return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
+    op = Delta(w1, w0, run, rms=sample.delta_rms, seen=(matrix.w1, matrix.w0))
+    try:
+        (solved,) = _solve([_Unsolved(matrix, sample, op)])
+    except NotFinite as problem:
+        return problem
+    return solved if len(solved.found.s) else _nothing(solved)
+
+
 @dataclass(frozen=True, slots=True)
 class _Unsolved:
     matrix: Matrix
@@ -245,25 +258,45 @@ def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]
     """Emit the updates of those that have one."""
     real = [one for one in solved if len(one.found.s)]
     kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
-    return [
-        _facts(one, next(kept))
-        if len(one.found.s)
-        else MatrixFacts(0.0, one.sample.weight_norm, 0.0, None, "zero", passes=one.found.passes)
-        for one in solved
-    ]
+    return [facts_of(one, next(kept)) if len(one.found.s) else _nothing(one) for one in solved]
+
+
+def _nothing(one: Solved) -> MatrixFacts:
+    """Of a delta that is rounding, and no more."""
+    return MatrixFacts(0.0, one.sample.weight_norm, 0.0, None, "zero", passes=one.found.passes)
 
 
 def _update_of(one: Solved) -> Block:
     """Computes a block of W1 + alpha * U diag(S) Vh."""
-    w1, setting, found = one.matrix.w1, one.matrix.setting, one.found
-    wide = torch.float64 if w1.dtype == torch.float64 else torch.float32
-    us = (found.u.double() * (found.s.double() * (setting.options.alpha / one.scale))).to(wide)
-    vh = found.vh.to(wide)
+    w1, setting = one.matrix.w1, one.matrix.setting
+    us, vh = _factors(one, torch.float64 if w1.dtype == torch.float64 else torch.float32)
 
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
         return lowrank_update(w1[band, part], us[band], vh[:, part], out, key=setting.key, first=first)
 
     return block
+
+
+def _factors(one: Solved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """alpha * U diag(S) and Vh, where U and Vh lie."""
+    found = one.found
+    s = found.s.double() * (one.matrix.setting.options.alpha / one.scale)
+    return (found.u.double() * s.to(found.u.device)).to(dtype), found.vh.to(dtype)
+
+
+def update_away(one: Solved, w1: Tensor, out: Tensor, sums: Tensor) -> Callable[[], None]:
+    """Computes W1 + alpha * U diag(S) Vh of a copy on a GPU into `out`; into `sums` (3,) what `gpu` tells of it."""
+    from lox_stream.kernels.gpu.lowrank_update import lowrank_update as update
+
+    setting = one.matrix.setting
+    unit = power_of_two(abs(setting.options.alpha) * one.part / one.scale / math.sqrt(w1.numel()), FLOAT32_SCALE)
+
+    def work() -> None:
+        us, vh = _factors(one, torch.float32)
+        kept = update(w1, us.contiguous(), vh.contiguous(), out, key=setting.key, first=setting.first, unit=unit)
+        sums.copy_(kept)
+
+    return work
 
 
 def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
@@ -325,7 +358,8 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
     return all(same)
 
 
-def _facts(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
+def facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
+    """Of a matrix whose update was rounded; NotFinite where that left the range of its dtype."""
     found, scale = one.found, one.scale
     if not kept.finite:
         dtype = str(one.matrix.w1.dtype).removeprefix("torch.")

@@ -375,10 +375,16 @@ def test_other_options_are_refused_by_name_and_nothing_is_touched(pair: Plan) ->
     assert content(pair.out) == before
 
 
-def test_threads_memory_and_device_are_free_on_resume(pair: Plan) -> None:
+def test_threads_memory_and_the_name_of_the_cpu_are_free_on_resume(pair: Plan) -> None:
     start(pair, "a")
     free = Options(threads=3, memory_bytes=1 << 30, device="cpu")
     assert "a" not in run(plan_of(pair.out.parent, options=free), resume=True)
+
+
+def test_a_run_does_not_go_on_where_other_sums_are_taken(pair: Plan) -> None:
+    start(pair, "a")
+    with pytest.raises(ResumeError, match="--device is 'cuda', the run began with 'cpu'"):
+        run(plan_of(pair.out.parent, options=Options(device="cuda:1")), resume=True)
 
 
 def test_other_inputs_are_refused_and_a_changed_time_only_warns(pair: Plan) -> None:

@@ -53,8 +53,8 @@ def launch_of(
     check_float32(x, m if turned else n, w1.device)
     block_l = power_of_two_over(lanes, DOT_LANES)
     block_m, block_n, warps = tiles[block_l]
-    if max(w1.element_size(), w0.element_size()) > 2:  # a tile has so many bytes
-        block_m, block_n = (block_m // 2, block_n) if turned else (block_m, block_n // 2)
+    if max(w1.element_size(), w0.element_size()) > 2:  # a row of a tile has so many bytes
+        block_n //= 2
     (outer, block_outer), (inner, block_inner) = (
         ((n, block_n), (m, block_m)) if turned else ((m, block_m), (n, block_n))
     )

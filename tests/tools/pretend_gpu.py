@@ -45,7 +45,8 @@ class PretendGPU(TorchFunctionMode):
         elif target is not None:
             on_gpu = target.type == "cuda"
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
-        return tree_map(lambda value: _tagged(value) if on_gpu else value, func(*args, **kwargs))
+        made = func(*args, **kwargs)
+        return tree_map(_tagged, made) if on_gpu and not isinstance(made, torch.Size) else made
 
     @staticmethod
     def _target(name: str, args: Any, kwargs: dict[str, Any]) -> torch.device | None:

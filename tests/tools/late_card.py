@@ -1,0 +1,103 @@
+"""A card whose lanes do nothing until somebody waits, and then no more than that waiting asks for.
+
+It keeps the promises of `lox_stream.cards` and no others: what a lane was not told to wait for has not happened when it
+goes on, a slot that is written again before its copy is done spoils that copy, and memory that nobody wrote is poison.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from pretend_gpu import GPU, PretendGPU
+from torch import Tensor
+
+_here = threading.local()
+
+
+def plain(values: Tensor) -> Tensor:
+    return values.as_subclass(Tensor)
+
+
+class LateCard:
+    """On the CPU's memory, behind `PretendGPU`; `memory_bytes` of it are free."""
+
+    def __init__(self, memory_bytes: int = 1 << 30) -> None:
+        self.device = GPU
+        self.memory_bytes = memory_bytes
+        self.working = threading.RLock()
+
+    def lane(self) -> LateLane:
+        return LateLane(self)
+
+    def pinned(self, n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8)
+
+    def free_bytes(self) -> int:
+        return self.memory_bytes
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        if getattr(_here, "pretends", False):  # a mode within itself would take its own tensors for the host's
+            yield
+            return
+        _here.pretends = True
+        try:
+            with PretendGPU():
+                yield
+        finally:
+            _here.pretends = False
+
+
+class LateLane:
+    def __init__(self, card: LateCard) -> None:
+        self.card = card
+        self._given: list[Callable[[], object]] = []
+        self._done = 0
+
+    @property
+    def left(self) -> int:
+        """Of what was given, how much is not done."""
+        return len(self._given) - self._done
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        self._give(lambda: plain(to).copy_(plain(source)))
+
+    def launch(self, work: Callable[[], None]) -> None:
+        def there() -> None:
+            with self.card.entered():
+                work()
+
+        self._give(there)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        self.advance(len(self._given))
+        yield
+
+    def record(self) -> LateEvent:
+        with self.card.working:
+            return LateEvent(self, len(self._given))
+
+    def wait_for(self, event: LateEvent) -> None:
+        self._give(event.wait)
+
+    def _give(self, work: Callable[[], object]) -> None:
+        with self.card.working:
+            self._given.append(work)
+
+    def advance(self, place: int) -> None:
+        with self.card.working:
+            while self._done < place:
+                self._done += 1
+                self._given[self._done - 1]()
+
+
+class LateEvent:
+    def __init__(self, lane: LateLane, place: int) -> None:
+        self.lane, self.place = lane, place
+
+    def wait(self) -> None:
+        self.lane.advance(self.place)
