@@ -157,6 +157,13 @@ def commands() -> None:
     help="Replace what a run writes in --out: an earlier output, or a folder of nothing but such names.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option(
+    "--assume",
+    default="",
+    metavar="RATES",
+    show_default="none",
+    help="Predict the time on such a machine: disk=7GB/s,pcie=25GB/s,gpu=3TB/s,cores=32. With --dry-run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
@@ -169,7 +176,7 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
     """
     from lox_stream.cli_run import Request, carry_out
 
-    flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "as_json", "quiet")}
+    flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "assume", "as_json", "quiet")}
     options = Options(memory_bytes=given.pop("memory"), **given)
     return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
 

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_stream.errors import Cancelled
+from lox_stream.errors import Cancelled, OptionError
 from lox_stream.messages import NOT_CONVERGED, echo_json, warn
 from lox_stream.names import printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan, plan_summary
+from lox_stream.predicting import Prediction, parse_machine, predict
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Request:
     resume: bool
     overwrite: bool
     dry_run: bool
+    assume: str
     as_json: bool
     quiet: bool
     typed: tuple[str, ...]  # the command's arguments, `run` included
@@ -41,6 +43,9 @@ class Request:
 
 def carry_out(request: Request) -> int:
     """Do what was asked and return the exit code; raises LoxError."""
+    if request.assume and not request.dry_run:
+        raise OptionError("--assume is what --dry-run predicts with, expected both. Add --dry-run, or leave it out")
+    machine = parse_machine(request.assume)
     with Interruption(lambda: _stopped(request)) as interruption:
         made = plan(
             request.base,
@@ -49,11 +54,12 @@ def carry_out(request: Request) -> int:
             options=request.options,
             resume=request.resume,
             overwrite=request.overwrite,
+            dry=request.dry_run,
         )
         if not request.quiet:
             warn(made.warnings)
         if request.dry_run:
-            _show_plan(request, made)
+            _show_plan(request, made, predict(made, machine))
             return 0
         try:
             summary = _execute(request, made, interruption)
@@ -65,14 +71,14 @@ def carry_out(request: Request) -> int:
     return code
 
 
-def _show_plan(request: Request, made: Plan) -> None:
+def _show_plan(request: Request, made: Plan, prediction: Prediction) -> None:
     if request.as_json:
-        echo_json(plan_summary(made))
+        echo_json(plan_summary(made) | {"prediction": prediction.record()})
     elif not request.quiet:
-        from lox_stream.rendering import console_of, plan_tables
+        from lox_stream.rendering import console_of, plan_tables, prediction_table
 
         console = console_of()
-        for table in plan_tables(made):
+        for table in [*plan_tables(made), prediction_table(prediction)]:
             console.print(table)
         console.print("Nothing was written (--dry-run).")
 

@@ -7,6 +7,10 @@ BASIS_COLUMNS = 512
 GRAM_COLUMNS = 4096  # of the images that are in float64 at a time
 KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once and kept
 GRAM_SIDE = 192  # short side up to which eigenvectors of the Gram matrix are the faster way
+CARD_SHARE = 0.8  # of a GPU's free memory that is used
+WORKSPACE_BYTES = 64 << 20  # of CUDA's libraries, and partial sums of kernels
+SLOTS, SLOT_BYTES = 4, 16 << 20  # of pinned memory, for each direction over a card
+PINNED_BYTES = 2 * SLOTS * SLOT_BYTES
 MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 
 
@@ -105,3 +109,11 @@ def step_bytes(m: int, n: int, rank: int, svd: str) -> int:
 def thread_bytes(threads: int) -> int:
     """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, and one tile out."""
     return threads * 12 * TILE_ELEMENTS * 4
+
+
+def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int]) -> int:
+    """Most that a matrix takes of a GPU's memory: W1, W0 and the output, and what the solver holds.
+
+    `element_bytes` are those of W1, which the output's are too, and of W0.
+    """
+    return m * n * (2 * element_bytes[0] + element_bytes[1]) + solver_bytes(m, n, rank) + WORKSPACE_BYTES

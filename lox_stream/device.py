@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from lox_stream.cards import CudaCard
-from lox_stream.costs import kept
+from lox_stream.costs import CARD_SHARE, bytes_on_card, kept
 from lox_stream.errors import DeviceError
 from lox_stream.matching import Step
-from lox_stream.on_card import SHARE, OnCard, bytes_on_card
+from lox_stream.on_card import OnCard
 from lox_stream.options import Options
 
 
@@ -59,7 +59,7 @@ def _missing(device: str) -> str:
 
 def too_large(steps: Sequence[Step], free_bytes: int) -> str:
     """The first matrix that a card of so much memory cannot take, in words; nothing if it can take them all."""
-    usable = int(free_bytes * SHARE)
+    usable = int(free_bytes * CARD_SHARE)
     for step in steps:
         if step.base is None or step.action != "extrapolate" or kept(step.m, step.n):
             continue
@@ -69,6 +69,6 @@ def too_large(steps: Sequence[Step], free_bytes: int) -> str:
         if needed > usable:
             return (
                 f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.1f} GB of GPU memory, expected at most "
-                f"{usable / 1e9:.1f}: {SHARE:.0%} of the {free_bytes / 1e9:.1f} GB that are free. Free some"
+                f"{usable / 1e9:.1f}: {CARD_SHARE:.0%} of the {free_bytes / 1e9:.1f} GB that are free. Free some"
             )
     return ""

@@ -19,17 +19,13 @@ import torch
 from torch import Tensor
 
 from lox_stream.cards import Card, Event
-from lox_stream.costs import kept, solver_bytes
+from lox_stream.costs import CARD_SHARE, SLOT_BYTES, SLOTS, bytes_on_card, kept
 from lox_stream.delta import NotFinite
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels.cpu import Retained, Run
 from lox_stream.update import Matrix, Solved, facts_of, solve_away, update_away
 
-SLOTS, SLOT_BYTES = 4, 16 << 20  # of pinned memory, for each direction
-PINNED_BYTES = 2 * SLOTS * SLOT_BYTES
-SHARE = 0.8  # of the card's free memory that is used
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WORKSPACE_BYTES = 64 << 20  # of CUDA's libraries, and partial sums of kernels
 
 
 class Slots:
@@ -84,14 +80,6 @@ class Budget:
                 self._changed.notify_all()
 
 
-def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int]) -> int:
-    """Most that a matrix takes of the card's memory: W1, W0 and the output, and what the solver holds.
-
-    `element_bytes` are those of W1, which the output's are too, and of W0.
-    """
-    return m * n * (2 * element_bytes[0] + element_bytes[1]) + solver_bytes(m, n, rank) + WORKSPACE_BYTES
-
-
 def _needed(matrix: Matrix) -> int:
     m, n = matrix.w1.shape
     return bytes_on_card(m, n, matrix.setting.rank, (matrix.w1.element_size(), matrix.w0.element_size()))
@@ -102,7 +90,7 @@ class OnCard:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.budget = Budget(int(card.free_bytes() * SHARE))
+        self.budget = Budget(int(card.free_bytes() * CARD_SHARE))
         self._into, self._compute, self._back = card.lane(), card.lane(), card.lane()
         self._slots_in, self._slots_out = Slots(card), Slots(card)
         self._solving = threading.Lock()

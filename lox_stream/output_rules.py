@@ -27,11 +27,19 @@ def output_names(aligned: Checkpoint) -> tuple[str, ...]:
 
 
 def output_problems(
-    out: Path, base: Path, aligned: Path, catalogue: Checkpoint | None, *, resume: bool, overwrite: bool
+    out: Path,
+    base: Path,
+    aligned: Path,
+    catalogue: Checkpoint | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Problems and warnings of an output folder for these inputs.
 
-    `catalogue` is the opened aligned checkpoint; None where that failed: then only the folder itself is checked.
+    `catalogue` is the opened aligned checkpoint; None where that failed: then only the folder itself is checked. Too
+    little space is a warning where the plan is `dry`.
     """
     shown = printable(out)
     problems = _place_problems(out, {"base": base, "aligned": aligned})
@@ -49,7 +57,7 @@ def output_problems(
     if resume and JOURNAL not in held:
         warnings.append(f"{shown}: holds no unfinished run; --resume starts from the beginning")
     if catalogue is not None and not problems:
-        problems += _space_problems(out, catalogue, resume=resume)
+        (warnings if dry else problems).extend(_space_problems(out, catalogue, resume=resume))
     return problems, warnings
 
 

@@ -21,7 +21,7 @@ from lox_stream.device import card_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
 from lox_stream.matching import Step
-from lox_stream.on_card import PINNED_BYTES, OnCard
+from lox_stream.on_card import OnCard
 from lox_stream.options import Options
 from lox_stream.planning import memory_needed
 from lox_stream.processing import Target, process
@@ -178,7 +178,7 @@ class _Admission:
         held_bytes: Callable[[Step], int],
     ) -> None:
         self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
-        own = costs.thread_bytes(threads) + (PINNED_BYTES if options.device.startswith("cuda") else 0)
+        own = costs.thread_bytes(threads) + (costs.PINNED_BYTES if options.device.startswith("cuda") else 0)
         self.budget = max(options.memory_bytes - own, options.memory_bytes // 4)
         self.most = threads + 1
         self.working: set[Job] = set()

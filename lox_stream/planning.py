@@ -43,8 +43,11 @@ def plan(
     options: Options = DEFAULTS,
     resume: bool = False,
     overwrite: bool = False,
+    dry: bool = False,
 ) -> Plan:
     """Open both checkpoints, pair them, and check the output folder; reads headers only and writes nothing.
+
+    `dry`: it will not be carried out here, so that too little space is a warning.
 
     Raises OptionError at once for options that mean nothing. All other problems are collected and raised together, as
     CheckpointError, or as OutputError, OptionError or MemoryBudgetError where all of them are of that one kind.
@@ -66,7 +69,7 @@ def plan(
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:
         roots = Path(base).absolute(), Path(aligned).absolute()
-        found, more = output_problems(target, *roots, opened_aligned, resume=resume, overwrite=overwrite)
+        found, more = output_problems(target, *roots, opened_aligned, resume=resume, overwrite=overwrite, dry=dry)
         problems.output += found
         warnings += more
         if opened_aligned is not None:

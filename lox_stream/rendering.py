@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lox_stream.names import pattern_of, printable
 from lox_stream.planning import Plan, Step, memory_needed
+from lox_stream.predicting import Prediction
 from lox_stream.showing import budget_text, counted, size_text, time_text
 
 if TYPE_CHECKING:
@@ -118,6 +119,21 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
         needed = budget_text(memory_needed(most, plan.options))
         rows.append(("memory", f"{needed} for {most.name}, of a budget of {budget_text(plan.options.memory_bytes)}"))
     return rows
+
+
+def prediction_table(prediction: Prediction) -> Group:
+    """What a plan will move and hold; with a machine's rates, how long each part is busy."""
+    rows: list[tuple[str, object]] = [
+        ("disk", f"reads {size_text(prediction.read_bytes)}, writes {size_text(prediction.written_bytes)}"),
+        ("memory", f"{budget_text(prediction.host_bytes)} at most on the host, but for tiles"),
+    ]
+    if prediction.gpu_bytes:
+        rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} for the largest matrix"))
+    rows.append(("passes", f"{prediction.passes:g}, each with both products; hard spectra take three times as many"))
+    rows += [(f"{part} busy", time_text(seconds)) for part, seconds in prediction.busy_s.items()]
+    if prediction.elapsed_s is not None:
+        rows.append(("time", f"{time_text(prediction.elapsed_s)} at least, for the parts overlap"))
+    return pairs_table("Predicted", rows)
 
 
 def _size(steps: Sequence[Step]) -> str:

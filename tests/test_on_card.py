@@ -15,6 +15,7 @@ from pretend_gpu import on_gpu
 from safetensors.torch import load_file
 
 from lox_stream import Options, extrapolate, on_card, plan
+from lox_stream.costs import CARD_SHARE, bytes_on_card
 from lox_stream.device import too_large
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.kernels import cpu
@@ -177,15 +178,15 @@ def test_a_wait_or_a_copy_that_is_missing_shows(right, wrong, pair, expected, mo
 
 
 def test_a_card_that_is_short_of_memory_takes_one_at_a_time(pair, expected, monkeypatch):
-    most = max(on_card.bytes_on_card(*shape, 6, (2, 2)) for shape in SHAPES.values() if len(shape) == 2)
-    card = on_card.OnCard(LateCard(int(most / on_card.SHARE) + 1))
+    most = max(bytes_on_card(*shape, 6, (2, 2)) for shape in SHAPES.values() if len(shape) == 2)
+    card = on_card.OnCard(LateCard(int(most / CARD_SHARE) + 1))
     assert bytes_of(computed(pair, monkeypatch, card)) == expected
 
 
 def test_a_matrix_that_a_card_cannot_take_is_named_before_the_run(tmp_path):
     steps = plan(*write_pair(tmp_path, {"model.a.weight": (2000, 1000), "model.b.weight": (90, 90)})).steps
-    needed = on_card.bytes_on_card(2000, 1000, 6, (2, 2))
-    assert too_large(steps, int(needed / on_card.SHARE) + 10) == ""
+    needed = bytes_on_card(2000, 1000, 6, (2, 2))
+    assert too_large(steps, int(needed / CARD_SHARE) + 10) == ""
     told = too_large(steps, needed)
     assert "model.a.weight (2000, 1000) takes 0.1 GB of GPU memory, expected at most 0.1: 80% of the" in told
 

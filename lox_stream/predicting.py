@@ -1,0 +1,135 @@
+"""What a run will move, hold and take, from its plan and the rates of a machine, before there is such a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lox_stream import costs
+from lox_stream.errors import OptionError
+from lox_stream.matching import Step
+from lox_stream.options import parse_size
+from lox_stream.planning import Plan, memory_needed
+
+PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
+CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
+OTHER_S, OTHER_SMALL_S = 1.0e-9, 2.6e-9  # core seconds a byte of both weights for all else; `costs.kept` says small.
+# Both such that benchmarks/check_model.py comes out within 10 % on three models
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is assumed of a machine. Rates are in bytes a second; what is 0 is not known, and its time not predicted."""
+
+    disk: float = 0.0  # reading and writing together
+    pcie: float = 0.0  # to the GPU, and as much from it at the same time
+    gpu: float = 0.0  # of the GPU's memory
+    cores: float = 0.0
+    core: float = CORE_RATE
+    passes: float = PASSES
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes that are moved and held, and the seconds that each part is busy; they overlap."""
+
+    read_bytes: int
+    written_bytes: int
+    host_bytes: int  # of the largest step, and pinned for a card
+    gpu_bytes: int  # of the largest matrix on a card; 0 without one
+    passes: float
+    busy_s: dict[str, float]  # "disk", "cores", "pcie", "gpu": those whose rates are known
+    elapsed_s: float | None  # of the busiest part; None if nothing is known
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_machine(text: str) -> Machine:
+    """A machine as `disk=7GB/s,pcie=25GB/s,gpu=3TB/s,cores=32`. Raises OptionError.
+
+    >>> parse_machine("disk=7GB/s,cores=8").disk
+    7000000000.0
+    """
+    known = {field.name for field in fields(Machine)}
+    given: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known or not value:
+            raise OptionError(f"--assume {part!r}: expected one of {', '.join(sorted(known))}, such as disk=7GB/s")
+        given[name] = _number(part, name, value)
+    return Machine(**given)
+
+
+def _number(part: str, name: str, value: str) -> float:
+    try:
+        if name in ("cores", "passes"):
+            number = float(value)
+            if not 0 < number < math.inf:
+                raise ValueError
+            return number
+        return float(parse_size(value.removesuffix("/s")))
+    except (ValueError, OptionError):
+        wanted = "a number over 0" if name in ("cores", "passes") else "a rate such as 7GB/s"
+        raise OptionError(f"--assume {part!r}: expected {wanted}") from None
+
+
+def predict(plan: Plan, machine: Machine) -> Prediction:
+    """What carrying out `plan` on `machine` moves, holds and takes."""
+    away = plan.options.device.startswith("cuda")
+    changed = [step for step in plan.steps if step.action == "extrapolate" and step.base is not None]
+    there = [step for step in changed if away and _on_card(step, plan)]
+    here = [step for step in changed if not (away and _on_card(step, plan))]
+    read = sum(step.aligned.n_bytes for step in plan.steps) + sum(map(_base_bytes, changed))
+    written = sum(step.aligned.n_bytes for step in plan.steps)
+    busy: dict[str, float] = {}
+
+    def add(name: str, rate: float, seconds: Callable[[], float]) -> None:
+        if rate:
+            busy[name] = seconds()
+
+    add("disk", machine.disk, lambda: (read + written) / machine.disk)
+    if here:
+        add("cores", machine.cores, lambda: sum(_core_s(step, machine) for step in here) / machine.cores)
+    if there:
+        pair, out = sum(map(_pair_bytes, there)), sum(step.aligned.n_bytes for step in there)
+        add("pcie", machine.pcie, lambda: max(pair, out) / machine.pcie)
+        add("gpu", machine.gpu, lambda: (2 * machine.passes * pair + 2 * out) / machine.gpu)
+    return Prediction(
+        read_bytes=read,
+        written_bytes=written,
+        host_bytes=max((memory_needed(step, plan.options) for step in here), default=0) + away * costs.PINNED_BYTES,
+        gpu_bytes=max((_card_bytes(step) for step in there), default=0),
+        passes=machine.passes,
+        busy_s=busy,
+        elapsed_s=max(busy.values()) if machine.disk and len(busy) > 1 else None,
+    )
+
+
+def _on_card(step: Step, plan: Plan) -> bool:
+    solved = plan.options.svd == "randomized" and 0 < step.rank < min(step.m, step.n)
+    wide = "F64" in (step.aligned.dtype, step.base.dtype if step.base else "")
+    return solved and not wide and not costs.kept(step.m, step.n)
+
+
+def _card_bytes(step: Step) -> int:
+    elements = step.count * step.m * step.n
+    sizes = step.aligned.n_bytes // elements, _base_bytes(step) // elements
+    return costs.bytes_on_card(step.m, step.n, step.rank, sizes)
+
+
+def _core_s(step: Step, machine: Machine) -> float:
+    """Core seconds of a tensor that is solved by iteration, or only read and written at full rank."""
+    passes = machine.passes if 0 < step.rank < min(step.m, step.n) else 1
+    other = OTHER_SMALL_S if costs.kept(step.m, step.n) else OTHER_S
+    return _pair_bytes(step) * (passes / machine.core + other)
+
+
+def _pair_bytes(step: Step) -> int:
+    return step.aligned.n_bytes + _base_bytes(step)
+
+
+def _base_bytes(step: Step) -> int:
+    return step.base.n_bytes if step.base is not None else 0

@@ -1,0 +1,134 @@
+"""What a dry run predicts, against arithmetic by hand and lists of tensors of the largest open models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lox_stream import Options, plan
+from lox_stream.costs import PINNED_BYTES, bytes_on_card
+from lox_stream.errors import OptionError
+from lox_stream.predicting import OTHER_S, Machine, parse_machine, predict
+from lox_stream.synthetic import write_pair
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PUBLISHED = {  # bytes and shards of the model.safetensors.index.json on the hub
+    "llama-3.1-70b": (141_107_412_992, 30),
+    "llama-3.1-405b": (811_706_777_600, 191),
+    "qwen2.5-72b": (145_412_407_296, 37),
+    "mixtral-8x22b": (281_260_142_592, 59),
+}
+MEASURED = """if True:
+    import atexit, resource, sys
+    from lox_stream.cli import main
+    atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def giants():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import giants
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return giants
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    shapes = {"a.weight": (2000, 1000), "b.weight": (300, 200), "norm.weight": (64,)}
+    return write_pair(tmp_path_factory.mktemp("pair"), shapes)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_lists_of_tensors_have_the_size_of_what_is_published(giants, model):
+    shapes, most = giants.MODELS[model]
+    shards = giants.shards_of(shapes(), most)
+    total = sum(giants.size_of(name, shape) for shard in shards for name, shape in shard.items())
+    assert (total, len(shards)) == PUBLISHED[model]
+
+
+def test_deepseek_v3_has_671_billion_parameters_and_a_layer_for_prediction(giants):
+    counts = {True: 0, False: 0}
+    for name, shape in giants.MODELS["deepseek-v3"][0]():
+        counts[".layers.61." in name] += giants.size_of(name, shape) // (4 if name.endswith(giants.BIAS) else 2)
+    assert counts[False] == pytest.approx(671e9, rel=1e-3)
+    assert counts[True] == pytest.approx(13.5e9, rel=1e-2)
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-405b", "deepseek-v3"])
+def test_a_dry_run_of_the_largest_models_takes_little_memory(giants, model, tmp_path):
+    assert giants.main([model, str(tmp_path)]) == 0
+    sides = ["--base", str(tmp_path / "base"), "--aligned", str(tmp_path / "aligned"), "--out", str(tmp_path / "out")]
+    given = ["run", *sides, "--dry-run", "--json", "--device", "cuda", "--assume", "disk=7GB/s,pcie=25GB/s,gpu=2TB/s"]
+    ran = subprocess.run([sys.executable, "-c", MEASURED, *given], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stderr.splitlines()[-1]) < 300_000, "KiB"
+    document = json.loads(ran.stdout)
+    prediction, total = document["prediction"], document["totals"]["bytes"]
+    assert prediction["written_bytes"] == total
+    assert 1.9 * total < prediction["read_bytes"] <= 2 * total
+    assert prediction["elapsed_s"] == pytest.approx(3 * total / 7e9, rel=0.02), "the disk is what is slowest"
+    assert any("no space" in warning for warning in document["warnings"]), "these are larger than this disk"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_predicted_is_what_arithmetic_gives(pair):
+    steps = plan(*pair).steps
+    large, small, norm = 2000 * 1000 * 2, 300 * 200 * 2, 64 * 2
+    machine = Machine(disk=1e6, pcie=1e7, gpu=1e8, cores=4, core=1e6, passes=5)
+    here = predict(plan(*pair), machine)
+    assert (here.read_bytes, here.written_bytes) == (2 * (large + small) + norm, large + small + norm)
+    assert here.gpu_bytes == 0
+    assert set(here.busy_s) == {"disk", "cores"}
+    assert here.busy_s["disk"] == pytest.approx((here.read_bytes + here.written_bytes) / 1e6)
+    assert here.busy_s["cores"] == pytest.approx(2 * (large + small) * 5 / 1e6 / 4, rel=0.01)
+    away = predict(plan(*pair, options=Options(device="cuda")), machine)
+    assert away.busy_s["pcie"] == pytest.approx(2 * large / 1e7)
+    assert away.busy_s["gpu"] == pytest.approx((2 * 5 * 2 * large + 2 * large) / 1e8)
+    assert away.busy_s["cores"] == pytest.approx(2 * small * 5 / 1e6 / 4, rel=0.01)
+    assert away.gpu_bytes == bytes_on_card(2000, 1000, 6, (2, 2))
+    assert away.host_bytes > PINNED_BYTES
+    assert away.elapsed_s == max(away.busy_s.values())
+    assert len(steps) == 3
+    assert OTHER_S < 1e-8, "small beside the passes above"
+
+
+def test_what_is_not_assumed_is_not_predicted(pair):
+    assert predict(plan(*pair), Machine()).busy_s == {}
+    assert predict(plan(*pair), Machine()).elapsed_s is None
+    assert predict(plan(*pair), parse_machine("cores=8")).elapsed_s is None, "without a disk"
+
+
+def test_full_rank_takes_one_pass(pair):
+    machine = Machine(cores=1, core=1e6)
+    once = predict(plan(*pair, options=Options(rank=0)), machine).busy_s["cores"]
+    assert once == pytest.approx(2 * (2000 * 1000 + 300 * 200) * 2 / 1e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("disc=7GB/s", "expected one of core, cores, disk, gpu, passes, pcie"),
+        ("disk", "expected one of"),
+        ("disk=fast", "a rate such as 7GB/s"),
+        ("disk=-1", "a rate such as 7GB/s"),
+        ("cores=0", "a number over 0"),
+        ("passes=nan", "a number over 0"),
+    ],
+)
+def test_a_machine_that_means_nothing_is_refused(text, told):
+    with pytest.raises(OptionError, match=told):
+        parse_machine(text)
+
+
+def test_a_machine_is_read_as_people_write_it():
+    machine = parse_machine(" disk=7GB/s, pcie=25GiB/s ,cores=2.5,passes=20")
+    assert machine == Machine(disk=7e9, pcie=25 * 2**30, cores=2.5, passes=20)
+    assert parse_machine("") == Machine()
