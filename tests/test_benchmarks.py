@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,19 @@ def test_products_in_parts_are_as_accurate_as_their_bits():
     assert ran.returncode == 0, ran.stderr
     errors = {row["products"].rsplit(" ", 1)[1]: float(row["product"]) for row in last_line(ran.stdout)["rows"]}
     assert errors["tf32x3"] < 3 * errors["float32"] < errors["bf16x3"] < errors["tf32"]
+
+
+def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
+    pytest.importorskip("triton")
+    command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--smoke", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    figures = last_line(ran.stdout)
+    assert figures == json.loads((tmp_path / "gpu.json").read_text())
+    kernels, solvers, layer, runs = figures["tables"].values()
+    assert {row[0].split()[0].strip(",") for row in kernels} == {"delta_matmul", "delta_rmatmul", "lowrank_update"}
+    assert not any("-" in row[1:3] for row in kernels), "every candidate ran"
+    assert float({row[0].split(",")[0]: row[2] for row in solvers}["lox-stream"]) < 1e-3
+    assert layer[-1][0] == "80 layers"
+    assert len(runs) == 2

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""What a GPU does with the kernels, the solver and a whole run; `gpu_day.sh` calls it.
+
+    python benchmarks/gpu_day.py --results build/gpu/gpu.md     on a CUDA GPU, some five minutes
+    python benchmarks/gpu_day.py --smoke                        on a CPU, tiny: that it works; its times mean nothing
+
+Every kernel is compared with float64 before it is timed: a wrong result has no speed. Bandwidth is that of the bytes
+which a kernel has to move, against a copy within the card's memory in the same run. In the smoke form the kernels are
+interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from harness import Table, WrongResult, finish, say
+from torch import Tensor
+
+from lox_stream import Options, extrapolate
+from lox_stream.delta import Delta
+from lox_stream.kernels.cpu import in_order
+from lox_stream.kernels.gpu import delta_matmul, delta_rmatmul, lowrank_update
+from lox_stream.svd import TruncatedSVD, relative, truncated_svd
+from lox_stream.synthetic import llama_shapes, pair_of, write_pair
+
+RANK, LANES, ALPHA = 6, 16, 1.25
+TARGET = 0.85  # of the copy's bandwidth
+TILES = {  # rows, columns, warps: candidates for delta_matmul and delta_rmatmul
+    "delta_matmul": ((64, 64, 4), (64, 128, 8), (128, 64, 8), (32, 64, 4), (64, 32, 4)),
+    "delta_rmatmul": ((32, 128, 4), (32, 64, 4), (64, 128, 8), (64, 64, 4), (16, 128, 4)),
+}
+LAYER = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))
+SMOKE_LAYER = ((64, 64), (48, 96))
+LAYERS = 80
+FLOAT32 = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large everything is."""
+
+    m: int
+    n: int
+    repeats: int
+    copy_bytes: int
+    solved: int  # side of the matrix that all solvers are given
+    layer: tuple[tuple[int, int], ...]
+    pair: dict[str, tuple[int, ...]]
+
+
+REAL = Sizes(8192, 28672, 20, 2 << 30, 4096, LAYER, llama_shapes(4096, 14336, 8, 32000, 1024, tied=False))
+SMOKE = Sizes(96, 160, 1, 1 << 20, 128, SMOKE_LAYER, llama_shapes(128, 160, 2, 300, 48, tied=False))
+
+
+class Clock:
+    """Seconds of work on a device, by its own events where it has some; the median of several."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def seconds(self, work: Callable[[], object], *, repeats: int = 0) -> float:
+        work()  # compiles, and warms up
+        return statistics.median(self._once(work) for _ in range(repeats or self.repeats))
+
+    def _once(self, work: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def bandwidths(clock: Clock, sizes: Sizes) -> dict[str, float]:
+    """Bytes a second of a copy within the card's memory (read and written), and from pinned memory to it."""
+    source = torch.randint(0, 255, (sizes.copy_bytes,), dtype=torch.uint8, device=clock.device)
+    to = torch.empty_like(source)
+    pinned = torch.empty(sizes.copy_bytes // 4, dtype=torch.uint8, pin_memory=clock.device.type == "cuda").fill_(7)
+    return {
+        "copy": 2 * sizes.copy_bytes / clock.seconds(lambda: to.copy_(source)),
+        "host_to_device": pinned.numel() / clock.seconds(lambda: to[: pinned.numel()].copy_(pinned, non_blocking=True)),
+    }
+
+
+def kernels(clock: Clock, sizes: Sizes, copy_rate: float) -> Iterator[tuple[str, ...]]:
+    """A row for each kernel at each candidate of its tiles."""
+    generator = torch.Generator().manual_seed(0)
+    w0, w1 = (weight.to(clock.device) for weight in _weights(sizes.m, sizes.n, generator))
+    x, y = (torch.randn(LANES, length, generator=generator).to(clock.device).T for length in (sizes.n, sizes.m))
+    delta = (w1[:64].double() - w0[:64].double(), w1[:, :64].double() - w0[:, :64].double())
+    moved = 2 * w1.numel() * w1.element_size()
+    products = (
+        ("delta_matmul", delta_matmul, delta_matmul.delta_matmul, x, slice(0, 64), delta[0] @ x.double()),
+        ("delta_rmatmul", delta_rmatmul, delta_rmatmul.delta_rmatmul, y, slice(0, 64), delta[1].T @ y.double()),
+    )
+    for name, module, function, factor, seen, exact in products:
+        chosen = module.TILES[LANES]
+        for tile in TILES[name]:
+            module.TILES[LANES] = tile
+            try:
+                found = function(w1, w0, factor)[seen].double()
+                _require((found - exact).norm() <= 16 * FLOAT32 * exact.norm(), f"{name} {tile}")
+                seconds = clock.seconds(lambda: function(w1, w0, factor))  # noqa: B023
+                yield _row(f"{name} {tile}" + " (chosen)" * (tile == chosen), seconds, moved, copy_rate)
+            except (RuntimeError, torch.cuda.OutOfMemoryError) as problem:  # a tile that this processor cannot hold
+                yield f"{name} {tile}", "-", "-", str(problem).splitlines()[0][:60]
+            finally:
+                module.TILES[LANES] = chosen
+    us, vh = (torch.randn(*shape, generator=generator).mul_(0.01).to(clock.device) for shape in _factors(sizes))
+    out = torch.empty_like(w1)
+    for how, key in (("nearest", None), ("stochastic", (1, 2))):
+        lowrank_update.lowrank_update(w1, us, vh, out, key=key)
+        exact = w1[:64].double() + us[:64].double() @ vh.double()
+        places = torch.finfo(w1.dtype).eps * exact.abs() * (1.01 if key else 0.51) + 1e-6
+        _require(bool(((out[:64].double() - exact).abs() <= places).all()), f"lowrank_update {how}")
+        seconds = clock.seconds(lambda: lowrank_update.lowrank_update(w1, us, vh, out, key=key))  # noqa: B023
+        yield _row(f"lowrank_update, rank {RANK}, {how}", seconds, moved, copy_rate)
+
+
+def _factors(sizes: Sizes) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (sizes.m, RANK), (RANK, sizes.n)
+
+
+def _weights(m: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    w0 = torch.randn(m, n, generator=generator).mul_(0.02)
+    return w0.bfloat16(), (w0 + 1e-4 * torch.randn(m, n, generator=generator)).bfloat16()
+
+
+def _row(name: str, seconds: float, n_bytes: int, copy_rate: float) -> tuple[str, ...]:
+    rate = n_bytes / seconds
+    return name, f"{1e3 * seconds:.3f} ms", f"{rate / 1e9:.0f} GB/s", f"{rate / copy_rate:.0%}"
+
+
+def solvers(clock: Clock, sizes: Sizes) -> Iterator[tuple[str, ...]]:
+    """Ours against what torch has on the card, on one planted difference; the error is that of the rank-k part."""
+    side = sizes.solved
+    w0, w1 = (weight.to(clock.device) for weight in pair_of(side, side, torch.Generator().manual_seed(0)))
+    dense = w1.float() - w0.float()
+    u, s, vh = torch.linalg.svd(dense.double(), full_matrices=False)
+    exact = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+    del u, vh
+
+    def full(driver: str | None) -> Tensor:
+        u, s, vh = torch.linalg.svd(w1.float() - w0.float(), full_matrices=False, driver=driver)
+        return (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+
+    def lowrank(niter: int) -> Tensor:
+        u, s, v = torch.svd_lowrank(w1.float() - w0.float(), q=RANK + 10, niter=niter)
+        return (u[:, :RANK] * s[:RANK]) @ v[:, :RANK].T
+
+    def ours() -> Tensor:
+        found = _solved(w1, w0)
+        return (found.u * found.s.to(found.u.device)) @ found.vh
+
+    drivers = ("gesvd", "gesvdj", "gesvda") if clock.device.type == "cuda" else (None,)
+    works: dict[str, Callable[[], Tensor]] = {
+        f"torch.linalg.svd, {driver}": partial(full, driver) for driver in drivers
+    }
+    works |= {f"svd_lowrank, niter {niter}": partial(lowrank, niter) for niter in (2, 4, 8, 12)}
+    for name, work in {**works, "lox-stream": ours}.items():
+        say(name)
+        error = float((work().double() - exact).norm() / exact.norm())
+        seconds = clock.seconds(work, repeats=1 if name.startswith("torch.linalg") else 0)
+        yield f"{name}, {side} x {side}", f"{1e3 * seconds:.2f} ms", f"{error:.1e}"
+
+
+def _solved(w1: Tensor, w0: Tensor) -> TruncatedSVD:
+    generator = torch.Generator().manual_seed(0)
+    op = Delta(w1, w0, in_order, rms=1e-4)
+    return truncated_svd(op, RANK, generator=generator, enough=relative(5e-4))
+
+
+def layer(clock: Clock, sizes: Sizes) -> Iterator[tuple[str, ...]]:
+    """One layer of 70B at its true shapes, solved and updated in the card's memory, and eighty times that."""
+    total = 0.0
+    for m, n in sizes.layer:
+        w0, w1 = (weight.to(clock.device) for weight in _weights(m, n, torch.Generator().manual_seed(m + n)))
+        spike = torch.linspace(3, 1, 8, device=clock.device)
+        left, right = (torch.randn(length, 8, device=clock.device) for length in (m, n))
+        w1 = (w1.float() + 1e-4 * (left * spike) @ right.T).bfloat16()
+        out = torch.empty_like(w1)
+
+        def work(w1: Tensor = w1, w0: Tensor = w0, out: Tensor = out) -> None:
+            found = _solved(w1, w0)
+            us = (found.u * (ALPHA * found.s.to(found.u.device))).contiguous()
+            lowrank_update.lowrank_update(w1, us, found.vh.contiguous(), out)
+
+        seconds = clock.seconds(work, repeats=min(clock.repeats, 5))
+        total += seconds
+        yield f"{m} x {n}", f"{1e3 * seconds:.1f} ms"
+    yield "the layer", f"{1e3 * total:.1f} ms"
+    yield f"{LAYERS} layers", f"{LAYERS * total:.2f} s"
+
+
+def whole_runs(clock: Clock, sizes: Sizes, rate: float) -> Iterator[tuple[str, ...]]:
+    """`extrapolate` of a pair in memory (/dev/shm) and on disk, twice each, against the rate from host to device."""
+    memory = Path("/dev/shm")
+    device = "cuda" if clock.device.type == "cuda" else "cpu"
+    for where, root in (("/dev/shm", memory if memory.is_dir() else None), ("disk", None)):
+        with tempfile.TemporaryDirectory(dir=root) as scratch:
+            folder = Path(scratch)
+            say(f"{where}: making a pair")
+            base, aligned = write_pair(folder, sizes.pair)
+            n_bytes = sum(file.stat().st_size for side in (base, aligned) for file in side.glob("*.safetensors"))
+            taken = []
+            for number in range(2):
+                started = time.perf_counter()
+                extrapolate(base, aligned, folder / f"out{number}", options=Options(device=device))
+                taken.append(time.perf_counter() - started)
+            same = itertools.pairwise(sorted(folder.glob("out*/model.safetensors")))
+            _require(all(a.read_bytes() == b.read_bytes() for a, b in same), f"two runs from {where} differ")
+            seconds = min(taken)
+            share = n_bytes / seconds / rate
+            yield f"from {where}, {n_bytes / 1e9:.2f} GB read", f"{seconds:.2f} s", f"{share:.0%}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+
+def _require(holds: object, what: str) -> None:
+    if not holds:
+        raise WrongResult(f"{what} is wrong: it has no speed")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="on a CPU, tiny")
+    parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
+    args = parser.parse_args()
+    if not args.smoke and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA GPU, expected one. Try the script with --smoke")
+    sizes = SMOKE if args.smoke else REAL
+    clock = Clock(torch.device("cpu" if args.smoke else "cuda"), sizes.repeats)
+    name = "the interpreter" if args.smoke else torch.cuda.get_device_name()
+    rates = bandwidths(clock, sizes)
+    try:
+        tables = [
+            Table(
+                f"Kernels on {name}, {sizes.m} x {sizes.n} bf16, {LANES} columns",
+                ("kernel and tile", "time", "bytes it has to move", "of a copy"),
+                tuple(kernels(clock, sizes, rates["copy"])),
+                (f"A copy within the card's memory: {rates['copy'] / 1e9:.0f} GB/s. Target {TARGET:.0%}.",),
+            ),
+            Table("Solvers", ("solver", "time", "error of the rank-k part"), tuple(solvers(clock, sizes))),
+            Table("A layer of 70B", ("matrix", "solved and updated"), tuple(layer(clock, sizes))),
+            Table(
+                "Whole runs",
+                ("run", "time", "of the rate from host to device"),
+                tuple(whole_runs(clock, sizes, rates["host_to_device"])),
+                (f"From pinned memory: {rates['host_to_device'] / 1e9:.1f} GB/s. Target 80 % from /dev/shm.",),
+            ),
+        ]
+    except WrongResult as problem:
+        say(str(problem))
+        return 1
+    rows = {table.title: [list(row) for row in table.rows] for table in tables}
+    finish("gpu_day", tables, {"gpu": name, "rates": rates, "tables": rows}, args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
