@@ -55,8 +55,10 @@ class _Program(click.Group):
         sys.exit(guarded(lambda: super(_Program, self).main(list(typed), *rest, **extra)))
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """A number of bytes as people write it."""
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
+    """A number of bytes as people write it; 0 for what was not given."""
+    if value is None:
+        return 0
     try:
         return parse_size(value)
     except OptionError as error:
@@ -149,6 +151,13 @@ def commands() -> None:
     show_default=True,
     help="Budget for the program's own buffers, such as 4GiB or 512M.",
 )
+@click.option(
+    "--gpu-memory",
+    callback=_size,
+    metavar="SIZE",
+    show_default="80 % of what is free",
+    help="With --device cuda: budget for weights and solver on the GPU, such as 20GiB.",
+)
 @click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @click.option(
@@ -177,7 +186,7 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
     from lox_stream.cli_run import Request, carry_out
 
     flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "assume", "as_json", "quiet")}
-    options = Options(memory_bytes=given.pop("memory"), **given)
+    options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
     return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
 
 

@@ -26,14 +26,22 @@ def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
             "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
         )
     if options.device.startswith("cuda"):
-        missing = _missing(options.device) or too_large(steps, CudaCard(_index(options.device)).free_bytes())
+        missing = _missing(options.device) or _too_little(steps, options)
         if missing:
             raise DeviceError(f"--device {options.device}: {missing}. Compute on the CPU with --device cpu")
 
 
 def card_of(options: Options) -> OnCard | None:
     """The GPU that was asked for; None for the CPU."""
-    return OnCard(CudaCard(_index(options.device))) if options.device.startswith("cuda") else None
+    if not options.device.startswith("cuda"):
+        return None
+    card = CudaCard(_index(options.device))
+    return OnCard(card, usable_bytes(options, card.free_bytes()))
+
+
+def usable_bytes(options: Options, free_bytes: int) -> int:
+    """Of the card's memory, so much as was asked for, or a share of what is free."""
+    return options.gpu_memory_bytes or int(free_bytes * CARD_SHARE)
 
 
 def _index(device: str) -> int:
@@ -57,18 +65,24 @@ def _missing(device: str) -> str:
     return ""
 
 
-def too_large(steps: Sequence[Step], free_bytes: int) -> str:
-    """The first matrix that a card of so much memory cannot take, in words; nothing if it can take them all."""
-    usable = int(free_bytes * CARD_SHARE)
+def _too_little(steps: Sequence[Step], options: Options) -> str:
+    free_bytes = CudaCard(_index(options.device)).free_bytes()
+    if options.gpu_memory_bytes > free_bytes:
+        return f"--gpu-memory is {options.gpu_memory_bytes}, expected at most the {free_bytes} bytes that are free"
+    return too_large(steps, usable_bytes(options, free_bytes))
+
+
+def too_large(steps: Sequence[Step], usable_bytes: int) -> str:
+    """The first matrix that a card cannot take in so many bytes, in words; nothing if it can take them all."""
     for step in steps:
         if step.base is None or step.action != "extrapolate" or kept(step.m, step.n):
             continue
         elements = step.count * step.m * step.n
         sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
         needed = bytes_on_card(step.m, step.n, step.rank, sizes)
-        if needed > usable:
+        if needed > usable_bytes:
             return (
-                f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.1f} GB of GPU memory, expected at most "
-                f"{usable / 1e9:.1f}: {CARD_SHARE:.0%} of the {free_bytes / 1e9:.1f} GB that are free. Free some"
+                f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.2f} GB of GPU memory, expected at most the "
+                f"{usable_bytes / 1e9:.2f} GB that may be used. Free some, or give it more with --gpu-memory"
             )
     return ""

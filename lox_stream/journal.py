@@ -30,7 +30,7 @@ from lox_stream.planning import Plan
 
 FORMAT = 1
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
-FREE_OPTIONS = ("memory_bytes", "threads")  # no byte of the output depends on them
+FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes")  # no byte of the output depends on them
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.cards import Card, Event
-from lox_stream.costs import CARD_SHARE, SLOT_BYTES, SLOTS, bytes_on_card, kept
+from lox_stream.costs import SLOT_BYTES, SLOTS, bytes_on_card, kept
 from lox_stream.delta import NotFinite
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels.cpu import Retained, Run
@@ -86,11 +86,11 @@ def _needed(matrix: Matrix) -> int:
 
 
 class OnCard:
-    """The computation on one card."""
+    """The computation on one card, within so many bytes of its memory."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, memory_bytes: int) -> None:
         self.card = card
-        self.budget = Budget(int(card.free_bytes() * CARD_SHARE))
+        self.budget = Budget(memory_bytes)
         self._into, self._compute, self._back = card.lane(), card.lane(), card.lane()
         self._slots_in, self._slots_out = Slots(card), Slots(card)
         self._solving = threading.Lock()

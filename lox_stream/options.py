@@ -32,6 +32,7 @@ class Options:
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
     memory_bytes: int = 4 << 30  # for the program's own buffers
     threads: int = 0  # 0: all cores
+    gpu_memory_bytes: int = 0  # 0: 80 % of what is free on the GPU
 
 
 def check_options(options: Options) -> None:
@@ -41,6 +42,7 @@ def check_options(options: Options) -> None:
         *_whole_number("--seed", options.seed, 0, MAX_SEED, "any such number gives its own reproducible rounding"),
         *_whole_number("--threads", options.threads, 0, MAX_THREADS, "0 uses all cores"),
         *_whole_number("--memory", options.memory_bytes, 1, None, "write a size such as 4GiB or 512M"),
+        *_whole_number("--gpu-memory", options.gpu_memory_bytes, 0, None, "0 uses 80 % of what is free"),
         *_real_number("--alpha", options.alpha, -math.inf, "1.25 is the paper's; 0 copies the aligned weights"),
         *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),
         *_one_of("--svd", options.svd, ("randomized", "exact")),

@@ -15,14 +15,15 @@ from pretend_gpu import on_gpu
 from safetensors.torch import load_file
 
 from lox_stream import Options, extrapolate, on_card, plan
-from lox_stream.costs import CARD_SHARE, bytes_on_card
-from lox_stream.device import too_large
+from lox_stream.costs import bytes_on_card
+from lox_stream.device import too_large, usable_bytes
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.kernels import cpu
 from lox_stream.pipeline import Finished, compute
 from lox_stream.synthetic import write_pair
 
 pytest.importorskip("triton")
+MEMORY = 1 << 30
 SHAPES = {
     "model.a.weight": (220, 150),
     "model.b.weight": (150, 220),
@@ -97,7 +98,7 @@ def small(module, monkeypatch):
 
 def computed(pair, monkeypatch, card=None):
     """name -> its last event."""
-    card = card or on_card.OnCard(LateCard())
+    card = card or on_card.OnCard(LateCard(), MEMORY)
     monkeypatch.setattr("lox_stream.pipeline.card_of", lambda options: card)
     given = Options(device="cuda", threads=4)
     events = compute(plan(*pair, options=given).steps, Kept, given)
@@ -138,7 +139,7 @@ def test_a_card_and_the_cpu_agree_within_the_tolerance(pair, expected, monkeypat
 def test_stochastic_rounding_on_a_card_is_that_of_the_cpu(pair, monkeypatch):
     """But for the few elements whose update is another: the words are the same."""
     given = Options(rounding="stochastic", tolerance=1e-5)
-    card = on_card.OnCard(LateCard())
+    card = on_card.OnCard(LateCard(), MEMORY)
     ways = []
     for way in (card, None):
         monkeypatch.setattr("lox_stream.pipeline.card_of", lambda options, way=way: way)
@@ -171,7 +172,7 @@ def test_a_wait_or_a_copy_that_is_missing_shows(right, wrong, pair, expected, mo
     module = mutated(right, wrong, tmp_path)
     small(module, monkeypatch)
     try:
-        same = bytes_of(computed(pair, monkeypatch, module.OnCard(LateCard()))) == expected
+        same = bytes_of(computed(pair, monkeypatch, module.OnCard(LateCard(), MEMORY))) == expected
     except (DataError, AssertionError, RuntimeError):
         same = False
     assert same == (right == wrong)
@@ -179,16 +180,22 @@ def test_a_wait_or_a_copy_that_is_missing_shows(right, wrong, pair, expected, mo
 
 def test_a_card_that_is_short_of_memory_takes_one_at_a_time(pair, expected, monkeypatch):
     most = max(bytes_on_card(*shape, 6, (2, 2)) for shape in SHAPES.values() if len(shape) == 2)
-    card = on_card.OnCard(LateCard(int(most / CARD_SHARE) + 1))
+    card = on_card.OnCard(LateCard(), most)
     assert bytes_of(computed(pair, monkeypatch, card)) == expected
 
 
 def test_a_matrix_that_a_card_cannot_take_is_named_before_the_run(tmp_path):
     steps = plan(*write_pair(tmp_path, {"model.a.weight": (2000, 1000), "model.b.weight": (90, 90)})).steps
     needed = bytes_on_card(2000, 1000, 6, (2, 2))
-    assert too_large(steps, int(needed / CARD_SHARE) + 10) == ""
-    told = too_large(steps, needed)
-    assert "model.a.weight (2000, 1000) takes 0.1 GB of GPU memory, expected at most 0.1: 80% of the" in told
+    assert too_large(steps, needed) == ""
+    told = too_large(steps, needed - 1)
+    assert "model.a.weight (2000, 1000) takes 0.11 GB of GPU memory, expected at most the 0.11 GB" in told
+    assert "--gpu-memory" in told
+
+
+def test_what_is_asked_for_of_a_card_is_used_and_else_a_share_of_what_is_free():
+    assert usable_bytes(Options(gpu_memory_bytes=5), 100) == 5
+    assert usable_bytes(Options(), 100) == 80
 
 
 def test_memory_that_is_held_is_waited_for_and_given_back():
@@ -234,7 +241,7 @@ def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
 
     monkeypatch.setattr("lox_stream.kernels.gpu.delta_rmatmul.delta_rmatmul", failing)
     with pytest.raises(RuntimeError, match="the kernel failed"):
-        computed(pair, monkeypatch, on_card.OnCard(Watched()))
+        computed(pair, monkeypatch, on_card.OnCard(Watched(), MEMORY))
     assert len(lanes) == 3
     assert all(lane.left == 0 for lane in lanes)
 

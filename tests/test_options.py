@@ -18,7 +18,7 @@ from lox_stream.options import MAX_SEED, Options, check_options, check_platform,
         Options(),
         Options(rank=0, alpha=0.0, tolerance=0.5, seed=MAX_SEED, threads=64),
         Options(rank=10**9, alpha=-3, svd="exact", rounding="stochastic", on_nonfinite="copy", device="cuda:3"),
-        Options(skip=("*.bias",), only=("model.*",), device="cpu", memory_bytes=1),
+        Options(skip=("*.bias",), only=("model.*",), device="cpu", memory_bytes=1, gpu_memory_bytes=1),
     ],
 )
 def test_usable_options_pass(options):
@@ -46,6 +46,7 @@ def test_usable_options_pass(options):
         ("device", "cuda:", "--device"),
         ("device", None, "--device"),
         ("memory_bytes", 0, "--memory"),
+        ("gpu_memory_bytes", -1, "--gpu-memory"),
         ("threads", -2, "--threads"),
         ("skip", "lm_head.weight", "--skip"),
         ("only", ("",), "--only"),
