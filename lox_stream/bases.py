@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lox_stream.operators import upload
+
 EPS = torch.finfo(torch.float32).eps
 DEFLATION = 8 * EPS  # directions below this share of the largest are rounding, not matrix
 MUCH_LEFT = 1e-2  # share of a row that a projection leaves at least, for it to be off the others by 1e-5
@@ -26,12 +28,12 @@ def orthonormal(block: Tensor, old: Tensor, norm: Sequence[float], room: Sequenc
     """
     wide = off(block, old).double()
     turn, found, left = normalising((wide @ wide.mT).cpu(), norm, room)
-    block = off((turn.to(wide.device) @ wide).float(), old)
+    block = off((upload(turn, wide.device) @ wide).float(), old)
     little = [i for i, share in enumerate(left) if share < MUCH_LEFT]
     if little:
         wide = block[little].double()
         turn, again, _ = normalising((wide @ wide.mT).cpu(), [1.0] * len(little), [found[i] for i in little])
-        block[little] = (turn.to(wide.device) @ wide).float()
+        block[little] = (upload(turn, wide.device) @ wide).float()
         for i, count in zip(little, again, strict=True):
             found[i] = count
     return block, found

@@ -26,7 +26,7 @@ from lox_stream.bases import DEFLATION, off, orthonormal
 from lox_stream.convergence import Enough, Watch
 from lox_stream.costs import GRAM_COLUMNS
 from lox_stream.errors import DataError
-from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, device_of, power_of_two
+from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, device_of, power_of_two, upload
 
 FIRST_LOOK = 10  # columns over the rank, before which the leading part is not worth a look
 EVEN = 32.0  # condition of a block's images up to which they are multiplied by A' as they are
@@ -53,7 +53,7 @@ class Run:
     def start(self, width: int) -> Tensor:
         """(width, n) rows in the range of A'."""
         m, n = self.op.shape
-        random = torch.randn(width, m, generator=self._generator, dtype=torch.float32).to(self.device)
+        random = upload(torch.randn(width, m, generator=self._generator, dtype=torch.float32), self.device)
         rows = self.backward(random)
         norm = math.sqrt(self.op.squared_norm())
         if not (norm <= torch.finfo(torch.float32).max and bool(rows.isfinite().all())):
@@ -146,7 +146,7 @@ def _backward(runs: list[Run], images: Tensor, gram: Tensor) -> tuple[Tensor, li
             run.normal = run.back = None
         if run.back is None:
             turn = torch.where(roots[i] > DEFLATION * lengths[-1], 1 / roots[i], 0.0)[:, None] * vectors[i].T
-            rows.append(run.backward((turn.to(run.device) @ images[i].double()).float()))
+            rows.append(run.backward((upload(turn, run.device) @ images[i].double()).float()))
             longest.append(1.0)
             undo.append(vectors[i] * roots[i])
         else:
@@ -241,11 +241,11 @@ class Space:
         share = self.y[i, -self._width :, : len(s)].T / s[:, None]
         share = share if undo is None else share @ undo
         beyond = off(rows[None], self.basis[i : i + 1, : self.size])[0]
-        rest = share.float().to(beyond.device) @ beyond
-        across = (s.to(beyond.device)[:, None] * right + rest).double()
+        rest = upload(share.float(), beyond.device) @ beyond
+        across = (upload(s, beyond.device)[:, None] * right + rest).double()
         values, turn = torch.linalg.eigh((across @ across.T).cpu())
         t, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1).T
-        shrunk, turn = (turn / t[:, None]).to(beyond.device), turn.to(beyond.device)
+        shrunk, turn = upload(turn / t[:, None], beyond.device), upload(turn, beyond.device)
         run.watch.half_step(t.tolist(), torch.linalg.vector_norm(turn @ rest.double(), dim=1).tolist())
         return (turn @ left.double()).float(), t.float(), (shrunk @ across).float()
 
@@ -281,7 +281,7 @@ class Space:
         s = torch.tensor([value for value in self.s[i] if value > 0], dtype=torch.float64)
         y = self.y[i, :, : len(s)]
         seen, device = slice(0, len(y)), self.image.device
-        left, right = (y / s).T.float().to(device), y.T.float().to(device)
+        left, right = upload((y / s).T.float(), device), upload(y.T.float(), device)
         return left @ self.image[i, seen], s.float(), right @ self.basis[i, seen]
 
 

@@ -40,6 +40,11 @@ def device_of(op: Operator) -> torch.device:
     return getattr(op, "device", torch.device("cpu"))
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host where it is needed. Nobody waits: CUDA has set such memory aside when it returns."""
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Turned:
     """A.T of an operator."""

@@ -15,7 +15,7 @@ from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
-from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two
+from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two, upload
 from lox_stream.options import Options
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
@@ -281,7 +281,7 @@ def _factors(one: Solved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """alpha * U diag(S) and Vh, where U and Vh lie."""
     found = one.found
     s = found.s.double() * (one.matrix.setting.options.alpha / one.scale)
-    return (found.u.double() * s.to(found.u.device)).to(dtype), found.vh.to(dtype)
+    return (found.u.double() * upload(s, found.u.device)).to(dtype), found.vh.to(dtype)
 
 
 def update_away(one: Solved, w1: Tensor, out: Tensor, sums: Tensor) -> Callable[[], None]:

@@ -84,4 +84,6 @@ def launch_of(
 
 def retained(sums: Tensor, unit: float) -> Tensor:
     """(3,) float64 on the device: <rounded - W1, update>, |update|^2, and how many outputs are not finite."""
-    return sums.sum(0) / sums.new_tensor([unit**2, unit**2, 1.0])
+    total = sums.sum(0)
+    total[:2] /= unit**2
+    return total
