@@ -274,6 +274,8 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     for option, value, least in (("--per-shape", given["per_shape"], 1), ("--repeat", given["repeat"], 1)):
         if value < least:
             raise OptionError(f"{option} is {value}, expected {least} or more")
+    if not 0 <= given["seed"] < 1 << 32:
+        raise OptionError(f"--seed is {given['seed']}, expected 0 to {(1 << 32) - 1}, which every solver takes")
     if not given["limit"] > 0:
         raise OptionError(f"--limit is {given['limit']}, expected more than 0 seconds")
     request = Request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,11 @@ def carry_out(request: Request) -> int:
         results = list(_measured(request, made))
         rows = [result for result in results if isinstance(result, Measured)]
         out = [result for result in results if isinstance(result, LeftOut)]
-        _write(request, rows)
         _show(request, rows, out)
         warn(made.warnings)
+        if not rows:
+            raise OptionError("nothing was compared: what was left out, and why, stands above. Choose others")
+        _write(request, rows)
     return 0
 
 
@@ -104,9 +107,13 @@ def _measured(request: Request, made: Plan) -> Iterator[Measured | LeftOut]:
         for choice in chosen:
             w1, w0 = load(choice)
             ranks = [rank for rank in request.ranks if rank < min(w1.shape)]
-            if not ranks or bool((w1 == w0).all()):
-                why = "base and aligned are the same" if ranks else f"has no rank under {min(w1.shape)} to look for"
-                yield LeftOut(choice.name, "all", why)
+            for rank in request.ranks:
+                if rank not in ranks:
+                    yield LeftOut(choice.name, "all", f"rank {rank} is not under its short side, {min(w1.shape)}")
+            if ranks and bool((w1 == w0).all()):
+                yield LeftOut(choice.name, "all", "base and aligned are the same")
+                continue
+            if not ranks:
                 continue
             _say(f"{choice.name}: the exact result, in float64")
             delta = Bands(w1, w0)
@@ -130,11 +137,23 @@ def _say(text: str) -> None:
 
 def _write(request: Request, rows: Sequence[Measured]) -> None:
     if request.table is not None:
-        write_csv(request.table, rows)
-        _say(f"wrote {request.table}")
-    for path in request.pictures if rows else ():
-        picture(rows, request.shares, path)
-        _say(f"wrote {path}")
+        with _named("--csv", request.table):
+            write_csv(request.table, rows)
+    for path in request.pictures:
+        with _named("--picture", path):
+            picture(rows, request.shares, path)
+
+
+@contextmanager
+def _named(option: str, path: Path) -> Iterator[None]:
+    """Says that a file was written, or which one was not."""
+    try:
+        yield
+    except OSError as problem:
+        raise OptionError(
+            f"{option} {printable(path)}: cannot be written: {problem.strerror}. Choose another file"
+        ) from problem
+    _say(f"wrote {path}")
 
 
 def write_csv(path: Path, rows: Sequence[Measured]) -> None:
@@ -150,14 +169,14 @@ def write_csv(path: Path, rows: Sequence[Measured]) -> None:
 def _show(request: Request, rows: Sequence[Measured], out: Sequence[LeftOut]) -> None:
     from lox_stream.comparing import fastest, ranking, verdict
 
-    verdicts = {f"{share:g}": verdict(rows, share) for share in request.shares}
+    verdicts = {f"{share:.10g}": verdict(rows, share) for share in request.shares}
     if request.as_json:
         echo_json(
             {
                 "alpha": ALPHA,
                 "rows": [asdict(row) for row in rows],
                 "left_out": [asdict(one) for one in out],
-                "ranking": {f"{share:g}": ranking(rows, share) for share in request.shares},
+                "ranking": {f"{share:.10g}": ranking(rows, share) for share in request.shares},
                 "verdicts": verdicts,
             }
         )

@@ -7,6 +7,7 @@ documentation or its users recommend: ten columns more than the rank, as sklearn
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from lox_stream.update import ROUNDED, Matrix, Sample, Setting, Solved, solve_ma
 Array = npt.NDArray[np.float32]
 
 OVERSAMPLES = 10
+MODULES = {"scipy": "scipy.sparse.linalg", "sklearn": "sklearn.utils.extmath"}  # of what a solver needs
 ITERATIONS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 TOLERANCES = (0.1, 0.03, 0.01, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5)
 FULL_FLOPS, GRAM_FLOPS = (6.0, 20.0), (2.0, 9.0)  # of q p^2 and p^3, p the short side (Golub and Van Loan, 8.6 and 8.3)
@@ -80,6 +82,11 @@ class Contender:
     @property
     def installed(self) -> bool:
         return not self.needs or importlib.util.find_spec(self.needs) is not None
+
+    def load(self) -> None:
+        """Import what it needs, or its first solve would pay for that."""
+        if self.needs:
+            importlib.import_module(MODULES[self.needs])
 
     def cubic_flops(self, m: int, n: int) -> float:
         """Of one solve by a method that costs so many, whatever the matrix is; 0.0 for those that iterate."""

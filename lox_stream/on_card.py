@@ -21,6 +21,7 @@ from torch import Tensor
 from lox_stream.cards import Card, Event
 from lox_stream.costs import SLOT_BYTES, SLOTS, bytes_on_card, kept
 from lox_stream.delta import NotFinite
+from lox_stream.errors import DeviceError
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels.cpu import Retained, Run
 from lox_stream.update import Matrix, Solved, facts_of, solve_away, update_away
@@ -107,7 +108,16 @@ class OnCard:
         )
 
     def extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
-        """As `update.extrapolate_matrix`, but NotFinite is returned."""
+        """As `update.extrapolate_matrix`, but NotFinite is returned; DeviceError where the memory ends."""
+        try:
+            return self._extrapolate(matrix, run)
+        except torch.cuda.OutOfMemoryError as problem:
+            raise DeviceError(
+                f"the GPU ran out of memory at a matrix of {tuple(matrix.w1.shape)}: {str(problem).splitlines()[0]} "
+                "Others may use it too. Use less with --gpu-memory and go on with --resume"
+            ) from problem
+
+    def _extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
         with self.card.entered(), self.budget.held(_needed(matrix), run), self._all_done():
             w1, w0 = self._moved_in(matrix.w1, run), self._moved_in(matrix.w0, run)
             ready = self._into.record()
@@ -116,6 +126,7 @@ class OnCard:
                 with self._compute.entered():
                     solved = solve_away(matrix, w1, w0, run)
                     if not isinstance(solved, Solved):
+                        ready.wait()  # perhaps no number was fetched yet
                         return solved
                     out, sums = torch.empty_like(w1), torch.empty(3, dtype=torch.float64, device=w1.device)
                 self._compute.launch(update_away(solved, w1, out, sums))

@@ -39,6 +39,10 @@ class Leading:
         return float((self.s[rank - 1] - self.s[rank]) / self.s[rank - 1])
 
 
+def _difference(w1: Tensor, w0: Tensor) -> Tensor:
+    return w1.to(torch.float64, copy=True).sub_(w0)
+
+
 class Bands:
     """W1 - W0 (m, n) in float64, band of rows by band of rows."""
 
@@ -47,12 +51,12 @@ class Bands:
         rows = max(1, BAND_ELEMENTS // w1.shape[1])
         self.slices = [slice(top, top + rows) for top in range(0, w1.shape[0], rows)]
         kept = 8 * w1.numel() <= KEPT_BYTES
-        self._whole = w1.double().sub_(w0.double()) if kept else None
+        self._whole = _difference(w1, w0) if kept else None
 
     def __getitem__(self, band: slice) -> Tensor:
         if self._whole is not None:
             return self._whole[band]
-        return self.w1[band].double().sub_(self.w0[band].double())
+        return _difference(self.w1[band], self.w0[band])
 
     def matmul(self, x: Tensor) -> Tensor:
         return torch.cat([self[band] @ x for band in self.slices])

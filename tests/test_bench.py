@@ -173,9 +173,13 @@ def test_the_ranking_counts_only_those_that_get_there_on_every_matrix(case):
     ]
     assert fastest(rows[:2], 0.9995) == {"x": row}
     assert ranking(rows, 0.9995) == [("x", 3.0), ("y", 9.0)]
-    assert verdict(rows, 0.9995) == "at 99.95 % over 2 matrices the fastest is x, 3.0 times faster than the next, y"
-    assert verdict(rows[:3], 0.9995) == "at 99.95 % over 2 matrices only x gets there"
-    assert verdict(rows, 0.99999) == "at 99.999 % over 2 matrices no solver gets there"
+    assert verdict(rows, 0.9995) == (
+        "at 99.95 % over 2 matrices, their times added up, the fastest is x, 3.0 times faster than the next, y"
+    )
+    assert verdict(rows[:3], 0.9995) == (
+        "at 99.95 % over 2 matrices, their times added up, x is the only one that gets there, of 1 tried"
+    )
+    assert verdict(rows, 0.99999) == "at 99.999 % no solver gets there on each of 2 matrices"
 
 
 def test_peak_memory_is_what_was_held_at_once():
@@ -188,7 +192,7 @@ def test_the_command_shows_a_table_a_shape_and_a_sentence_a_share(pair):
     result = bench(pair, "--solvers", "lox-stream,full,svd_lowrank")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("99.95 % of the elements bit-identical") == 5  # shapes of the pair
-    assert "At 99.95 % over 5 matrices the fastest is" in result.stdout
+    assert "At 99.95 % over 5 matrices, their times added up, the fastest is" in result.stdout
     assert "At 99.99 % over 5 matrices" in result.stdout
     assert "the exact result, in float64" in result.stderr
 
@@ -200,7 +204,7 @@ def test_what_misses_the_share_has_no_time(pair, monkeypatch):
     (line,) = [line for line in result.stdout.splitlines() if "svd_lowrank" in line]
     assert "misses" in line
     assert "ms" not in line
-    assert "only full gets there" in result.stdout
+    assert "full is the only one that gets there, of 2 tried" in result.stdout
 
 
 def test_json_and_files_hold_every_result(pair, tmp_path):
@@ -254,6 +258,41 @@ def test_what_cannot_be_obeyed_is_refused_before_the_work(pair, monkeypatch, wor
 def test_a_matrix_without_a_difference_or_of_too_low_a_rank_is_left_out(tmp_path):
     base, _ = write_pair(tmp_path, {"a.weight": (40, 30), "b.weight": (5, 30)})
     result = bench((base, shutil.copytree(base, tmp_path / "copy")))
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "left out: all on a.weight: base and aligned are the same" in result.stdout
-    assert "left out: all on b.weight: has no rank under 5" in result.stdout
+    assert "left out: all on b.weight: rank 6 is not under its short side, 5" in result.stdout
+
+
+def test_float64_weights_are_compared_as_they_are():
+    w1 = torch.eye(3, dtype=torch.float64)
+    bands = Bands(w1, torch.zeros(3, 3, dtype=torch.float64) + 1)
+    assert torch.equal(w1, torch.eye(3, dtype=torch.float64)), "the aligned weights are not overwritten"
+    assert torch.equal(bands[slice(0, 3)], w1 - 1)
+
+
+def test_a_rank_that_a_matrix_does_not_have_is_said(pair):
+    result = bench(pair, "--rank", "2,5000", "--solvers", "full", "--tensors", "*embed*")
+    assert result.exit_code == 0
+    assert "rank 5000 is not under its short side" in result.stdout
+
+
+def test_where_nothing_was_compared_nothing_is_concluded(pair, tmp_path):
+    result = bench(pair, "--rank", "5000", "--solvers", "full", "--tensors", "*embed*", "--csv", tmp_path / "a.csv")
+    assert result.exit_code == 2
+    assert "nothing was compared" in result.stderr
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_file_that_cannot_be_written_costs_no_result(pair, tmp_path):
+    full = tmp_path / "full.csv"
+    full.symlink_to("/dev/full")
+    result = bench(pair, "--solvers", "full", "--tensors", "*embed*", "--csv", full)
+    assert result.exit_code == 2
+    assert "--csv" in result.stderr
+    assert "No space left on device" in result.stderr
+    assert "At 99.95 %" in result.stdout
+
+
+def test_a_sweep_that_the_limit_ends_is_said(pair):
+    result = bench(pair, "--solvers", "lox-stream", "--tensors", "*embed*", "--limit", "1e-9")
+    assert "no further than tolerance 0.1: the next may take over the limit" in result.stdout

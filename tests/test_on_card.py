@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lox_stream import Options, extrapolate, on_card, plan
 from lox_stream.costs import bytes_on_card
 from lox_stream.device import too_large, usable_bytes
-from lox_stream.errors import Cancelled, DataError
+from lox_stream.errors import Cancelled, DataError, DeviceError
 from lox_stream.kernels import cpu
 from lox_stream.pipeline import Finished, compute
 from lox_stream.synthetic import write_pair
@@ -227,23 +227,40 @@ def test_waiting_for_memory_ends_when_the_run_is_stopped():
         pass
 
 
+class Watched(LateCard):
+    """One whose lanes can be looked at: into, compute, back."""
+
+    def __init__(self):
+        super().__init__()
+        self.lanes = []
+
+    def lane(self):
+        self.lanes.append(super().lane())
+        return self.lanes[-1]
+
+
 def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
     """What was given to the lanes is done before its memory is given back."""
-    lanes = []
-
-    class Watched(LateCard):
-        def lane(self):
-            lanes.append(super().lane())
-            return lanes[-1]
+    card = Watched()
 
     def failing(*given, **how):
         raise RuntimeError("the kernel failed")
 
     monkeypatch.setattr("lox_stream.kernels.gpu.delta_rmatmul.delta_rmatmul", failing)
     with pytest.raises(RuntimeError, match="the kernel failed"):
-        computed(pair, monkeypatch, on_card.OnCard(Watched(), MEMORY))
-    assert len(lanes) == 3
-    assert all(lane.left == 0 for lane in lanes)
+        computed(pair, monkeypatch, on_card.OnCard(card, MEMORY))
+    assert [lane.left for lane in card.lanes] == [0, 0, 0]
+
+
+def test_a_card_that_runs_out_of_memory_says_what_to_do(pair, monkeypatch):
+    def failing(*given, **how):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("lox_stream.kernels.gpu.delta_matmul.delta_matmul", failing)
+    with pytest.raises(
+        DeviceError, match=r"out of memory at a matrix of .* 2\.00 GiB\. Others .*--gpu-memory.*--resume"
+    ):
+        computed(pair, monkeypatch)
 
 
 def test_what_is_not_finite_is_said_with_its_place(tmp_path, monkeypatch):
@@ -258,8 +275,10 @@ def test_what_is_not_finite_is_said_with_its_place(tmp_path, monkeypatch):
 def test_a_difference_of_zero_is_copied(tmp_path, monkeypatch):
     base, aligned = write_pair(tmp_path, {"model.a.weight": (220, 150)})
     shutil.copy(base / "model.safetensors", aligned)
-    (event,) = computed((base, aligned), monkeypatch).values()
+    card = Watched()
+    (event,) = computed((base, aligned), monkeypatch, on_card.OnCard(card, MEMORY)).values()
     assert event.facts.reason == "identical"
+    assert card.lanes[0].left == 0, "the copies in are done before their memory is given back"
     assert bytes(event.target.data) == (base / "model.safetensors").read_bytes()[-220 * 150 * 2 :]
 
 
