@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import shutil
 import statistics
@@ -26,11 +27,12 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
+if "--smoke" in sys.argv or not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from harness import Table, WrongResult, finish, say
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lox_stream import Options, extrapolate
 from lox_stream.delta import Delta
@@ -122,7 +124,7 @@ def kernels(clock: Clock, sizes: Sizes, copy_rate: float) -> Iterator[tuple[str,
                 _require((found - exact).norm() <= 16 * FLOAT32 * exact.norm(), f"{name} {tile}")
                 seconds = clock.seconds(lambda: function(w1, w0, factor))  # noqa: B023
                 yield _row(f"{name} {tile}" + " (chosen)" * (tile == chosen), seconds, moved, copy_rate)
-            except (RuntimeError, torch.cuda.OutOfMemoryError) as problem:  # a tile that this processor cannot hold
+            except (RuntimeError, OutOfResources) as problem:  # a tile that this processor cannot hold
                 yield f"{name} {tile}", "-", "-", str(problem).splitlines()[0][:60]
             finally:
                 module.TILES[LANES] = chosen
@@ -217,6 +219,10 @@ def whole_runs(clock: Clock, sizes: Sizes, rate: float) -> Iterator[tuple[str, .
     memory = Path("/dev/shm")
     device = "cuda" if clock.device.type == "cuda" else "cpu"
     for where, root in (("/dev/shm", memory if memory.is_dir() else None), ("disk", None)):
+        needed = 4 * 2 * sum(math.prod(shape) for shape in sizes.pair.values())  # two inputs, two outputs, in bf16
+        if shutil.disk_usage(root or tempfile.gettempdir()).free < needed:
+            yield f"from {where}", "-", f"{needed / 1e9:.1f} GB are not free there"
+            continue
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             folder = Path(scratch)
             say(f"{where}: making a pair")

@@ -53,6 +53,9 @@ class Card(Protocol):
     def free_bytes(self) -> int:
         """Of the card's memory, that nobody uses."""
 
+    def close(self) -> None:
+        """Give back memory that is kept for later."""
+
     def entered(self) -> AbstractContextManager[object]:
         """Within it, this thread's tensors and kernels are this card's."""
 
@@ -104,7 +107,11 @@ class CudaCard:
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0]
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def close(self) -> None:
+        torch.cuda.empty_cache()
 
     def entered(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device)

@@ -8,6 +8,7 @@ GRAM_COLUMNS = 4096  # of the images that are in float64 at a time
 KEPT_ELEMENTS = 1 << 20  # a difference of at most 4 MiB is formed once and kept
 GRAM_SIDE = 192  # short side up to which eigenvectors of the Gram matrix are the faster way
 CARD_SHARE = 0.8  # of a GPU's free memory that is used
+CARD_MOST = 0.9  # of it, that may be asked for
 WORKSPACE_BYTES = 64 << 20  # of CUDA's libraries, and partial sums of kernels
 SLOTS, SLOT_BYTES = 4, 16 << 20  # of pinned memory, for each direction over a card
 PINNED_BYTES = 2 * SLOTS * SLOT_BYTES
@@ -109,6 +110,17 @@ def step_bytes(m: int, n: int, rank: int, svd: str) -> int:
 def thread_bytes(threads: int) -> int:
     """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, and one tile out."""
     return threads * 12 * TILE_ELEMENTS * 4
+
+
+def goes_on_card(m: int, n: int, rank: int, svd: str) -> bool:
+    """Whether a matrix of 16 or 32 bits is computed on a GPU, where there is one.
+
+    Small ones are not, for their many steps would wait for each other, nor what takes no iteration.
+
+    >>> [goes_on_card(side, side, rank, "randomized") for side, rank in ((4096, 6), (576, 6), (4096, 0))]
+    [True, False, False]
+    """
+    return svd == "randomized" and 0 < rank < min(m, n) and not kept(m, n)
 
 
 def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lox_stream.cards import CudaCard
-from lox_stream.costs import CARD_SHARE, bytes_on_card, kept
+from lox_stream.costs import CARD_MOST, CARD_SHARE, bytes_on_card, goes_on_card
 from lox_stream.errors import DeviceError
 from lox_stream.matching import Step
 from lox_stream.on_card import OnCard
@@ -62,20 +62,28 @@ def _missing(device: str) -> str:
         return f"no such GPU: torch sees {count}, numbered from 0"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which the GPU kernels are written in. Install lox-stream[gpu]"
+    from lox_stream.kernels.gpu.working import why_not
+
+    broken = why_not()
+    if broken:
+        return f"Triton does not work here: {broken}. It needs a C compiler and Python's headers"
     return ""
 
 
 def _too_little(steps: Sequence[Step], options: Options) -> str:
     free_bytes = CudaCard(_index(options.device)).free_bytes()
-    if options.gpu_memory_bytes > free_bytes:
-        return f"--gpu-memory is {options.gpu_memory_bytes}, expected at most the {free_bytes} bytes that are free"
-    return too_large(steps, usable_bytes(options, free_bytes))
+    if options.gpu_memory_bytes > CARD_MOST * free_bytes:
+        most = int(CARD_MOST * free_bytes)
+        return f"--gpu-memory is {options.gpu_memory_bytes}, expected at most {most}: CUDA's libraries need the rest"
+    return too_large(steps, options.svd, usable_bytes(options, free_bytes))
 
 
-def too_large(steps: Sequence[Step], usable_bytes: int) -> str:
+def too_large(steps: Sequence[Step], svd: str, usable_bytes: int) -> str:
     """The first matrix that a card cannot take in so many bytes, in words; nothing if it can take them all."""
     for step in steps:
-        if step.base is None or step.action != "extrapolate" or kept(step.m, step.n):
+        if step.base is None or step.action != "extrapolate" or not goes_on_card(step.m, step.n, step.rank, svd):
+            continue
+        if "F64" in (step.aligned.dtype, step.base.dtype):
             continue
         elements = step.count * step.m * step.n
         sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements

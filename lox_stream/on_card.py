@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.cards import Card, Event
-from lox_stream.costs import SLOT_BYTES, SLOTS, bytes_on_card, kept
+from lox_stream.costs import SLOT_BYTES, SLOTS, bytes_on_card, goes_on_card
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DeviceError
 from lox_stream.facts import MatrixFacts
@@ -66,8 +66,12 @@ class Budget:
 
     @contextmanager
     def held(self, n_bytes: int, run: Run) -> Iterator[None]:
-        """Raises Cancelled where `run` does so while this waits."""
-        assert n_bytes <= self.n_bytes, "the device is checked before a run"
+        """Raises Cancelled where `run` does so while this waits, DeviceError where it would wait for ever."""
+        if n_bytes > self.n_bytes:
+            raise DeviceError(
+                f"a matrix takes {n_bytes} bytes of GPU memory, expected at most the {self.n_bytes} that may be used: "
+                "others took some since the run was planned. Go on with --resume when there is more"
+            )
         with self._changed:
             while self._left < n_bytes:
                 run(lambda _: None, 1)
@@ -97,15 +101,14 @@ class OnCard:
         self._solving = threading.Lock()
 
     def takes(self, matrix: Matrix) -> bool:
-        """Whether a matrix is computed on the card. Small ones are not: their many steps would wait for each other."""
-        w1, w0 = matrix.w1, matrix.w0
-        return (
-            w1.dtype in DTYPES
-            and w0.dtype in DTYPES
-            and not kept(*w1.shape)
-            and 0 < matrix.setting.rank < min(w1.shape)
-            and matrix.setting.options.svd == "randomized"
-        )
+        """Whether a matrix is computed on the card."""
+        (m, n), setting = matrix.w1.shape, matrix.setting
+        known = all(weight.dtype in DTYPES for weight in (matrix.w1, matrix.w0))
+        return known and goes_on_card(m, n, setting.rank, setting.options.svd)
+
+    def close(self) -> None:
+        """Give back the card's memory, once nobody is in here any more."""
+        self.card.close()
 
     def extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
         """As `update.extrapolate_matrix`, but NotFinite is returned; DeviceError where the memory ends."""
@@ -149,7 +152,8 @@ class OnCard:
 
     def _moved_in(self, weight: Tensor, run: Run) -> Tensor:
         """A weight's copy on the card, on its way there; the lane `into` knows when it has arrived."""
-        away = torch.empty(weight.shape, dtype=weight.dtype, device=self.card.device)
+        with self._into.entered():  # its memory may be in use by this lane's earlier work, but by no other's
+            away = torch.empty(weight.shape, dtype=weight.dtype, device=self.card.device)
         source, to = _bytes_of(weight), _bytes_of(away)
 
         def task(i: int) -> None:

@@ -135,6 +135,8 @@ def compute(
             raise
         finally:
             reading.close()
+    if card is not None:
+        card.close()
 
 
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:

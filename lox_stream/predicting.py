@@ -109,9 +109,8 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
 
 
 def _on_card(step: Step, plan: Plan) -> bool:
-    solved = plan.options.svd == "randomized" and 0 < step.rank < min(step.m, step.n)
     wide = "F64" in (step.aligned.dtype, step.base.dtype if step.base else "")
-    return solved and not wide and not costs.kept(step.m, step.n)
+    return not wide and costs.goes_on_card(step.m, step.n, step.rank, plan.options.svd)
 
 
 def _card_bytes(step: Step) -> int:

@@ -142,7 +142,7 @@ def solve_away(matrix: Matrix, w1: Tensor, w0: Tensor, run: Run) -> MatrixFacts 
     try:
         (solved,) = _solve([_Unsolved(matrix, sample, op)])
     except NotFinite as problem:
-        return problem
+        return problem.with_traceback(None)  # which would keep the copies
     return solved if len(solved.found.s) else _nothing(solved)
 
 

@@ -29,6 +29,7 @@ def kernel(
     stride0,
     stride_out,
     alpha,
+    one,
     unit,
     first,
     key0,
@@ -41,7 +42,7 @@ def kernel(
     inside = (rows[:, None] < m) & (cols[None, :] < n)
     base = widened(tl.load(w1_ptr + rows[:, None] * stride1 + cols[None, :], mask=inside, other=0.0))
     w0 = widened(tl.load(w0_ptr + rows[:, None] * stride0 + cols[None, :], mask=inside, other=0.0))
-    update = (base - w0) * alpha
+    update = (base - w0) * alpha * one  # or the last product would be fused with the sum, and rounded once less
     round_tile(base, update, rows, cols, m, n, out_ptr, stride_out, sums_ptr, unit, first, key0, key1, STOCHASTIC)
 
 
@@ -56,7 +57,7 @@ def launch_of(
     unit: float = 1.0,
 ) -> tuple[Launch, Tensor]:
     """The launch, and its sums (programs, 3) float64."""
-    arguments: Arguments = {"w0_ptr": w0, "stride0": w0.stride(0), "alpha": alpha}
+    arguments: Arguments = {"w0_ptr": w0, "stride0": w0.stride(0), "alpha": alpha, "one": 1.0}
     return updates.launch_of(kernel, w1, w0, out, arguments, {}, unit=unit, key=key, first=first)
 
 

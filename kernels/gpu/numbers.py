@@ -49,7 +49,7 @@ def by_chance(values, words, DTYPE: tl.constexpr):
     """float32 numbers rounded up with the probability of what is cut off, by 16-bit words; DTYPE is of 16 bits."""
     bits = values.to(tl.uint32, bitcast=True)
     if tl.bfloat16 == DTYPE:
-        return ((bits + words) & 0xFFFF0000).to(tl.float32, bitcast=True)  # infinities have no low bits, and stay
+        return tl.where(not_finite(values), values, ((bits + words) & 0xFFFF0000).to(tl.float32, bitcast=True))
     exponent = tl.maximum(((bits >> 23) & 0xFF).to(tl.int32), 113)  # of float16's smallest normal number: 113 - 127
     place = ((exponent - 10) << 23).to(tl.float32, bitcast=True)  # the last one of float16
     many = (280 - exponent) << 23  # 65536 / place

@@ -37,6 +37,9 @@ class LateCard:
     def free_bytes(self) -> int:
         return 1 << 30
 
+    def close(self) -> None:
+        pass
+
     @contextmanager
     def entered(self) -> Iterator[None]:
         if getattr(_here, "pretends", False):  # a mode within itself would take its own tensors for the host's
