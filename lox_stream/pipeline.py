@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 from lox_stream import costs
@@ -95,7 +96,7 @@ def compute(
         jobs = smallest_first(jobs, steps)
     admission = _Admission(steps, jobs, options, threads, held_bytes)
     parked: dict[int, Finished] = {}
-    with Workers(threads, stop) as workers:
+    with nullcontext() if card is None else closing(card), Workers(threads, stop) as workers:
         reading = Prefetch(
             [[steps[index] for index in job] for job in jobs],
             min(WINDOW_BYTES, options.memory_bytes),
@@ -135,8 +136,6 @@ def compute(
             raise
         finally:
             reading.close()
-    if card is not None:
-        card.close()
 
 
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:

@@ -252,6 +252,7 @@ def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
     with pytest.raises(RuntimeError, match="the kernel failed"):
         computed(pair, monkeypatch, on_card.OnCard(card, MEMORY))
     assert [lane.left for lane in card.lanes] == [0, 0, 0]
+    assert card.closed
 
 
 def test_a_card_that_runs_out_of_memory_says_what_to_do(pair, monkeypatch):

@@ -26,6 +26,7 @@ class LateCard:
 
     def __init__(self) -> None:
         self.device = GPU
+        self.closed = False
         self.working = threading.RLock()
 
     def lane(self) -> LateLane:
@@ -38,7 +39,7 @@ class LateCard:
         return 1 << 30
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
     @contextmanager
     def entered(self) -> Iterator[None]:
