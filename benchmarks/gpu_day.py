@@ -238,8 +238,6 @@ def whole_runs(clock: Clock, sizes: Sizes, rate: float) -> Iterator[tuple[str, .
             seconds = min(taken)
             share = n_bytes / seconds / rate
             yield f"from {where}, {n_bytes / 1e9:.2f} GB read", f"{seconds:.2f} s", f"{share:.0%}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
 
 
 def _require(holds: object, what: str) -> None:

@@ -9,6 +9,8 @@ and `fullrank_update`, which needs no factors. The products take weights of the 
 tile by tile on a CPU (`cpu`) and whole on a GPU (`gpu.lowrank_update`). This folder imports nothing of `lox_stream`.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from . import cpu
@@ -56,10 +58,7 @@ def delta_matmul(
         return cpu.delta_matmul(w1, w0, x, scale=scale, squares=squares, run=run)
     from .gpu import delta_matmul as away
 
-    sums: list[Tensor] | None = None if squares is None else []
-    product = away.delta_matmul(w1, w0, x, scale=scale, squares=sums)
-    _fetch(sums, squares)
-    return product
+    return _product(away.delta_matmul, w1, w0, x, scale, squares)
 
 
 def delta_rmatmul(
@@ -76,10 +75,7 @@ def delta_rmatmul(
         return cpu.delta_rmatmul(w1, w0, y, scale=scale, squares=squares, run=run)
     from .gpu import delta_rmatmul as away
 
-    sums: list[Tensor] | None = None if squares is None else []
-    product = away.delta_rmatmul(w1, w0, y, scale=scale, squares=sums)
-    _fetch(sums, squares)
-    return product
+    return _product(away.delta_rmatmul, w1, w0, y, scale, squares)
 
 
 def delta_normal(
@@ -92,6 +88,12 @@ def delta_normal(
     return y, delta_rmatmul(w1, w0, y, scale=scale)
 
 
-def _fetch(sums: list[Tensor] | None, squares: list[float] | None) -> None:
-    if sums is not None and squares is not None:
-        squares.extend(map(float, sums))
+def _product(
+    away: Callable[..., Tensor], w1: Tensor, w0: Tensor, x: Tensor, scale: float, squares: list[float] | None
+) -> Tensor:
+    """A GPU's product; its sum of squares is waited for."""
+    sums: list[Tensor] | None = None if squares is None else []
+    product = away(w1, w0, x, scale=scale, squares=sums)
+    if squares is not None:
+        squares.extend(map(float, sums or ()))
+    return product

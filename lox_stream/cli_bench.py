@@ -15,7 +15,7 @@ from lox_stream.charts import check_file, check_picture, need, picture, terminal
 from lox_stream.errors import DeviceError, OptionError
 from lox_stream.messages import echo_json, escaped, warn
 from lox_stream.names import printable
-from lox_stream.options import Options
+from lox_stream.options import Options, is_gpu
 from lox_stream.planning import Plan, plan
 from lox_stream.rendering import console_of, solver_table
 from lox_stream.signals import Interruption
@@ -68,7 +68,7 @@ def carry_out(request: Request) -> int:
         check_file(request.table, "--csv")
     with Interruption(lambda: "stopped"):
         made = plan(request.base, request.aligned, options=Options(device=request.device))
-        if request.device.startswith("cuda"):
+        if is_gpu(request.device):
             raise DeviceError(
                 f"--device {request.device}: solvers are compared on the CPU in this release. Leave the option out"
             )

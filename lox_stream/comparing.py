@@ -147,7 +147,8 @@ def compare(
         if why:
             yield LeftOut(case.name, contender.name, why)
             continue
-        for value in contender.sweep(case.delta.w1.dtype):
+        values = contender.sweep(case.delta.w1.dtype)
+        for value in values:
             work = _work(contender, value, problem, workers)
             try:
                 row = _judged(case, contender, value, work, judge)
@@ -155,7 +156,7 @@ def compare(
                 yield LeftOut(case.name, contender.name, f"{contender.knob} {value:g}: {str(failure).splitlines()[0]}")
                 break
             judged.append((row, work))
-            if row.differing <= ENOUGH or value == contender.sweep(case.delta.w1.dtype)[-1]:
+            if row.differing <= ENOUGH or value == values[-1]:
                 break
             if 2 * row.elapsed_s > limit_s:
                 why = f"no further than {contender.knob} {value:g}: the next may take over the limit of {limit_s:g} s"

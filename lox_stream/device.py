@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from lox_stream.cards import CudaCard
-from lox_stream.costs import CARD_MOST, CARD_SHARE, bytes_on_card, goes_on_card
+from lox_stream.costs import CARD_MOST, CARD_SHARE
 from lox_stream.errors import DeviceError
 from lox_stream.matching import Step
 from lox_stream.on_card import OnCard
-from lox_stream.options import Options
+from lox_stream.options import Options, is_gpu
+from lox_stream.planning import card_memory_needed
 
 
 def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
@@ -25,7 +26,7 @@ def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
             f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}, expected 'highest': "
             "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
         )
-    if options.device.startswith("cuda"):
+    if is_gpu(options.device):
         missing = _missing(options.device) or _too_little(steps, options)
         if missing:
             raise DeviceError(f"--device {options.device}: {missing}. Compute on the CPU with --device cpu")
@@ -33,7 +34,7 @@ def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
 
 def card_of(options: Options) -> OnCard | None:
     """The GPU that was asked for; None for the CPU."""
-    if not options.device.startswith("cuda"):
+    if not is_gpu(options.device):
         return None
     card = CudaCard(_index(options.device))
     return OnCard(card, usable_bytes(options, card.free_bytes()))
@@ -81,13 +82,7 @@ def _too_little(steps: Sequence[Step], options: Options) -> str:
 def too_large(steps: Sequence[Step], svd: str, usable_bytes: int) -> str:
     """The first matrix that a card cannot take in so many bytes, in words; nothing if it can take them all."""
     for step in steps:
-        if step.base is None or step.action != "extrapolate" or not goes_on_card(step.m, step.n, step.rank, svd):
-            continue
-        if "F64" in (step.aligned.dtype, step.base.dtype):
-            continue
-        elements = step.count * step.m * step.n
-        sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
-        needed = bytes_on_card(step.m, step.n, step.rank, sizes)
+        needed = card_memory_needed(step, svd)
         if needed > usable_bytes:
             return (
                 f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.2f} GB of GPU memory, expected at most the "

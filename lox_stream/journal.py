@@ -24,7 +24,7 @@ from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import listing
-from lox_stream.options import Options
+from lox_stream.options import Options, is_gpu
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
 
@@ -84,7 +84,7 @@ def byte_options(options: Options) -> dict[str, Any]:
     """The options that the bytes of the output depend on: of the device, whether it is a GPU, which sums in another
     order."""
     kept = {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
-    return kept | {"device": "cuda" if options.device.startswith("cuda") else "cpu"}
+    return kept | {"device": "cuda" if is_gpu(options.device) else "cpu"}
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Options:
     gpu_memory_bytes: int = 0  # 0: 80 % of what is free on the GPU
 
 
+def is_gpu(device: str) -> bool:
+    """Whether a value of `Options.device` asks for a GPU."""
+    return device.startswith("cuda")
+
+
 def check_options(options: Options) -> None:
     """Raise OptionError that names every option whose value cannot be obeyed."""
     problems = [

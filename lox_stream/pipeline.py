@@ -23,7 +23,7 @@ from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
 from lox_stream.matching import Step
 from lox_stream.on_card import OnCard
-from lox_stream.options import Options
+from lox_stream.options import Options, is_gpu
 from lox_stream.planning import memory_needed
 from lox_stream.processing import Target, process
 from lox_stream.reader import Prefetch
@@ -179,7 +179,7 @@ class _Admission:
         held_bytes: Callable[[Step], int],
     ) -> None:
         self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
-        own = costs.thread_bytes(threads) + (costs.PINNED_BYTES if options.device.startswith("cuda") else 0)
+        own = costs.thread_bytes(threads) + (costs.PINNED_BYTES if is_gpu(options.device) else 0)
         self.budget = max(options.memory_bytes - own, options.memory_bytes // 4)
         self.most = threads + 1
         self.working: set[Job] = set()

@@ -88,6 +88,17 @@ def memory_needed(step: Step, options: Options) -> int:
     return costs.step_bytes(step.m, step.n, options.rank, options.svd) * min(step.count, at_once)
 
 
+def card_memory_needed(step: Step, svd: str) -> int:
+    """Bytes of a GPU that a matrix of a step takes where there is one; 0 for what the CPU computes all the same."""
+    if step.action == "copy" or step.base is None or "F64" in (step.aligned.dtype, step.base.dtype):
+        return 0
+    if not costs.goes_on_card(step.m, step.n, step.rank, svd):
+        return 0
+    elements = step.count * step.m * step.n
+    sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
+    return costs.bytes_on_card(step.m, step.n, step.rank, sizes)
+
+
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
     """Every name that a run writes in its folder, relative to it, the temporary ones too."""
     return names_written(plan_or_aligned.aligned if isinstance(plan_or_aligned, Plan) else plan_or_aligned)

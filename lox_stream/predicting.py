@@ -10,8 +10,8 @@ from typing import Any
 from lox_stream import costs
 from lox_stream.errors import OptionError
 from lox_stream.matching import Step
-from lox_stream.options import parse_size
-from lox_stream.planning import Plan, memory_needed
+from lox_stream.options import is_gpu, parse_size
+from lox_stream.planning import Plan, card_memory_needed, memory_needed
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
 CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
@@ -78,10 +78,11 @@ def _number(part: str, name: str, value: str) -> float:
 
 def predict(plan: Plan, machine: Machine) -> Prediction:
     """What carrying out `plan` on `machine` moves, holds and takes."""
-    away = plan.options.device.startswith("cuda")
+    away = is_gpu(plan.options.device)
     changed = [step for step in plan.steps if step.action == "extrapolate" and step.base is not None]
-    there = [step for step in changed if away and _on_card(step, plan)]
-    here = [step for step in changed if not (away and _on_card(step, plan))]
+    on_card = {step.name: card_memory_needed(step, plan.options.svd) if away else 0 for step in changed}
+    there = [step for step in changed if on_card[step.name]]
+    here = [step for step in changed if not on_card[step.name]]
     read = sum(step.aligned.n_bytes for step in plan.steps) + sum(map(_base_bytes, changed))
     written = sum(step.aligned.n_bytes for step in plan.steps)
     busy: dict[str, float] = {}
@@ -101,22 +102,11 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
         read_bytes=read,
         written_bytes=written,
         host_bytes=max((memory_needed(step, plan.options) for step in here), default=0) + away * costs.PINNED_BYTES,
-        gpu_bytes=max((_card_bytes(step) for step in there), default=0),
+        gpu_bytes=max(on_card.values(), default=0),
         passes=machine.passes,
         busy_s=busy,
         elapsed_s=max(busy.values()) if machine.disk and len(busy) > 1 else None,
     )
-
-
-def _on_card(step: Step, plan: Plan) -> bool:
-    wide = "F64" in (step.aligned.dtype, step.base.dtype if step.base else "")
-    return not wide and costs.goes_on_card(step.m, step.n, step.rank, plan.options.svd)
-
-
-def _card_bytes(step: Step) -> int:
-    elements = step.count * step.m * step.n
-    sizes = step.aligned.n_bytes // elements, _base_bytes(step) // elements
-    return costs.bytes_on_card(step.m, step.n, step.rank, sizes)
 
 
 def _core_s(step: Step, machine: Machine) -> float:

@@ -137,13 +137,13 @@ def solve_away(matrix: Matrix, w1: Tensor, w0: Tensor, run: Run) -> MatrixFacts 
     """`solve_matrices` of a matrix that is solved by the randomized solver, on copies of its weights on a GPU."""
     sample = Sample(matrix.w1, matrix.w0)
     if not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run):
-        return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
+        return _zero(sample)
     op = Delta(w1, w0, run, rms=sample.delta_rms, seen=(matrix.w1, matrix.w0))
     try:
         (solved,) = _solve([_Unsolved(matrix, sample, op)])
     except NotFinite as problem:
         return problem.with_traceback(None)  # which would keep the copies
-    return solved if len(solved.found.s) else _nothing(solved)
+    return solved if len(solved.found.s) else _zero(sample, solved.found.passes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def _begin(matrix: Matrix, run: Run) -> MatrixFacts | NotFinite | Solved | _Unso
     sample = Sample(w1, w0)
     try:
         if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
-            return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", converged=True)
+            return _zero(sample)
         if setting.rank == 0 or setting.rank >= min(w1.shape):
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
@@ -258,12 +258,12 @@ def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]
     """Emit the updates of those that have one."""
     real = [one for one in solved if len(one.found.s)]
     kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
-    return [facts_of(one, next(kept)) if len(one.found.s) else _nothing(one) for one in solved]
+    return [facts_of(one, next(kept)) if len(one.found.s) else _zero(one.sample, one.found.passes) for one in solved]
 
 
-def _nothing(one: Solved) -> MatrixFacts:
-    """Of a delta that is rounding, and no more."""
-    return MatrixFacts(0.0, one.sample.weight_norm, 0.0, None, "zero", passes=one.found.passes)
+def _zero(sample: Sample, passes: int = 0) -> MatrixFacts:
+    """Of a delta that is zero, or rounding and no more."""
+    return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", passes=passes)
 
 
 def _update_of(one: Solved) -> Block:

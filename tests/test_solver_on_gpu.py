@@ -20,11 +20,7 @@ class Away(Dense):
 
     def __init__(self, a):
         super().__init__(a)
-        self.norm = super().squared_norm
         self.a, self.device = on_gpu(self.a), GPU
-
-    def squared_norm(self):
-        return float(self.a.double().square().sum())
 
 
 class AwayOnePass(Away, OnePass):
