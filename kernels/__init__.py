@@ -1,22 +1,26 @@
-"""The operations on a pair of weights, chosen by the device that holds them.
+"""The operations on a pair of weights.
 
     delta_matmul(w1, w0, x)        (W1 - W0) @ X
     delta_rmatmul(w1, w0, y)       (W1 - W0).T @ Y
-    delta_normal(w1, w0, x)        Y = (W1 - W0) @ X and (W1 - W0).T @ Y: in one pass on a CPU, in two on a GPU
+    delta_normal(w1, w0, x)        Y = (W1 - W0) @ X and (W1 - W0).T @ Y, in one pass
     lowrank_update(w1, us, vh)     round(W1 + US @ Vh), with what the rounding left of the update
 
-and `fullrank_update`, which needs no factors. The products take weights of the CPU or of a GPU; the updates are given
-tile by tile on a CPU (`cpu`) and whole on a GPU (`gpu.lowrank_update`). This folder imports nothing of `lox_stream`.
+and `fullrank_update`, which needs no factors: those here are for weights of a CPU (`cpu`). `on_gpu` gives those for a
+GPU, where products of some rows at a time add up to the same bits. This folder imports nothing of `lox_stream`.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from . import cpu
 from .cpu import (
     WIDE,
     Run,
+    delta_matmul,
+    delta_normal,
+    delta_rmatmul,
     difference,
     fullrank_update,
     in_order,
@@ -28,72 +32,66 @@ from .random_words import key_of
 
 __all__ = [
     "WIDE",
+    "GPUKernels",
+    "Run",
     "delta_matmul",
     "delta_normal",
     "delta_rmatmul",
     "difference",
     "fullrank_update",
+    "in_order",
     "key_of",
     "lowrank_update",
+    "on_gpu",
     "sum_of_squares",
     "tiling",
 ]
 
 
-def delta_matmul(
-    w1: Tensor,
-    w0: Tensor,
-    x: Tensor,
-    *,
-    scale: float = 1.0,
-    squares: list[float] | None = None,
-    run: Run = in_order,
-) -> Tensor:
-    """(W1 - W0) * scale @ X, (m, n) and (n, l) -> (m, l): `cpu.delta_matmul` or `gpu.delta_matmul`.
+class GPUKernels(Protocol):
+    """The operations on weights of a GPU: (m, n), or rows of such matrices from a multiple of `part_rows(m, n)` on.
 
-    `squares`, if given, receives sums of squares of the difference that add up to the whole: numbers, for which the
-    host waits where a GPU computes. `run` spreads the tasks on a CPU.
+    Products of some rows are given `whole=m` and have the bits that these rows have in the products of the whole. A
+    list `squares` receives vectors of float64, which add up to the sum of squares of the scaled difference.
     """
-    if w1.device.type == "cpu":
-        return cpu.delta_matmul(w1, w0, x, scale=scale, squares=squares, run=run)
-    from .gpu import delta_matmul as away
 
-    return _product(away.delta_matmul, w1, w0, x, scale, squares)
+    def part_rows(self, m: int, n: int) -> int:
+        """Rows that one term of `partial_products` sums over."""
 
+    def delta_matmul(
+        self, w1: Tensor, w0: Tensor, x: Tensor, *, whole: int, scale: float, squares: list[Tensor] | None
+    ) -> Tensor:
+        """(W1 - W0) * scale @ X: (rows, n) and (n, l) -> (rows, l)."""
 
-def delta_rmatmul(
-    w1: Tensor,
-    w0: Tensor,
-    y: Tensor,
-    *,
-    scale: float = 1.0,
-    squares: list[float] | None = None,
-    run: Run = in_order,
-) -> Tensor:
-    """(W1 - W0).T * scale @ Y, (m, n) and (m, l) -> (n, l); `squares` and `run` as in `delta_matmul`."""
-    if w1.device.type == "cpu":
-        return cpu.delta_rmatmul(w1, w0, y, scale=scale, squares=squares, run=run)
-    from .gpu import delta_rmatmul as away
+    def partial_products(
+        self, w1: Tensor, w0: Tensor, y: Tensor, *, whole: int, scale: float, squares: list[Tensor] | None
+    ) -> Tensor:
+        """The terms of (W1 - W0).T * scale @ Y: (rows, n) and (rows, l) -> (parts, l, n)."""
 
-    return _product(away.delta_rmatmul, w1, w0, y, scale, squares)
+    def total(self, parts: Tensor) -> Tensor:
+        """Terms added in their order: (parts, l, n) -> (l, n)."""
 
-
-def delta_normal(
-    w1: Tensor, w0: Tensor, x: Tensor, *, scale: float = 1.0, run: Run = in_order
-) -> tuple[Tensor, Tensor]:
-    """Y = (W1 - W0) * scale @ X and (W1 - W0).T * scale @ Y; for rows of up to WIDE elements on a CPU."""
-    if w1.device.type == "cpu":
-        return cpu.delta_normal(w1, w0, x, scale=scale, run=run)
-    y = delta_matmul(w1, w0, x, scale=scale)
-    return y, delta_rmatmul(w1, w0, y, scale=scale)
+    def lowrank_update(
+        self,
+        w1: Tensor,
+        us: Tensor,
+        vh: Tensor,
+        out: Tensor,
+        *,
+        whole: int,
+        key: tuple[int, int] | None,
+        first: int,
+        unit: float,
+    ) -> Tensor:
+        """round(W1 + US @ Vh) into `out`, which may be w1; (3,) float64: what is left, |update|^2, not finite."""
 
 
-def _product(
-    away: Callable[..., Tensor], w1: Tensor, w0: Tensor, x: Tensor, scale: float, squares: list[float] | None
-) -> Tensor:
-    """A GPU's product; its sum of squares is waited for."""
-    sums: list[Tensor] | None = None if squares is None else []
-    product = away(w1, w0, x, scale=scale, squares=sums)
-    if squares is not None:
-        squares.extend(map(float, sums or ()))
-    return product
+def on_gpu(by: Literal["triton", "torch"]) -> GPUKernels:
+    """The operations on weights of a GPU."""
+    if by == "torch":
+        from . import by_torch
+
+        return by_torch
+    from . import by_triton
+
+    return by_triton

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lox_stream.device import check_device
+from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import OptionError
 from lox_stream.facts import TensorFacts
@@ -92,7 +92,7 @@ def execute(
     if resume and overwrite:
         raise OptionError("resume and overwrite are both set, expected one: go on with the run, or start it anew")
     check_platform()
-    check_device(plan.options, plan.steps)
+    plan = settled(plan)
     started = time.monotonic()
     cancel = cancel or threading.Event()
     with Output(plan, resume=resume, overwrite=overwrite) as output:
@@ -238,9 +238,7 @@ def stream(
         model.load_state_dict(dict(stream("base", "aligned")), strict=False)
     """
     check_platform()
-    check_device(options)
-    made = plan(base, aligned, options=options)
-    check_device(options, made.steps)
+    made = settled(plan(base, aligned, options=options))
     return _stream(made, cancel or threading.Event())
 
 

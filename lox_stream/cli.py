@@ -141,7 +141,18 @@ def commands() -> None:
     help="What to do with a tensor that holds NaN or Inf.",
 )
 @click.option(
-    "--device", default=DEFAULTS.device, metavar="auto|cpu|cuda|cuda:N", show_default=True, help="What computes."
+    "--device",
+    default=DEFAULTS.device,
+    metavar="auto|cpu|cuda[:N,...|:all]",
+    show_default=True,
+    help="What computes: the CPU, a GPU, or several of one kind.",
+)
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "triton", "torch"]),
+    default=DEFAULTS.kernels,
+    show_default=True,
+    help="With --device cuda: torch's are slower, and work without Triton.",
 )
 @click.option(
     "--memory",
@@ -156,7 +167,7 @@ def commands() -> None:
     callback=_size,
     metavar="SIZE",
     show_default="80 % of what is free",
-    help="With --device cuda: budget for weights and solver on the GPU, such as 20GiB.",
+    help="With --device cuda: budget for weights and solver on each GPU, such as 20GiB.",
 )
 @click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
@@ -171,7 +182,7 @@ def commands() -> None:
     default="",
     metavar="RATES",
     show_default="none",
-    help="Predict the time on such a machine: disk=7GB/s,pcie=25GB/s,gpu=3TB/s,cores=32. With --dry-run.",
+    help="Predict the time on such a machine: disk=7GB/s,pcie=25GB/s,gpu=3TB/s,card=24GB,cores=32. With --dry-run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")

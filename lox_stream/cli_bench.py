@@ -73,9 +73,9 @@ def carry_out(request: Request) -> int:
                 f"--device {request.device}: solvers are compared on the CPU in this release. Leave the option out"
             )
         from lox_stream.comparing import LeftOut, Measured
-        from lox_stream.device import check_device
+        from lox_stream.device import settled
 
-        check_device(made.options)
+        made = settled(made)
         results = list(_measured(request, made))
         rows = [result for result in results if isinstance(result, Measured)]
         out = [result for result in results if isinstance(result, LeftOut)]

@@ -56,6 +56,8 @@ def carry_out(request: Request) -> int:
             overwrite=request.overwrite,
             dry=request.dry_run,
         )
+        if not request.dry_run:
+            made = _settled(made)
         if not request.quiet:
             warn(made.warnings)
         if request.dry_run:
@@ -69,6 +71,12 @@ def carry_out(request: Request) -> int:
     code = NOT_CONVERGED if summary.totals.not_converged else 0
     _show_summary(request, made, summary, code)
     return code
+
+
+def _settled(made: Plan) -> Plan:
+    from lox_stream.device import settled
+
+    return settled(made)
 
 
 def _show_plan(request: Request, made: Plan, prediction: Prediction) -> None:

@@ -123,9 +123,20 @@ def goes_on_card(m: int, n: int, rank: int, svd: str) -> bool:
     return svd == "randomized" and 0 < rank < min(m, n) and not kept(m, n)
 
 
-def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int]) -> int:
-    """Most that a matrix takes of a GPU's memory: W1, W0 and the output, and what the solver holds.
+def part_rows(m: int, n: int) -> int:
+    """Rows in whole numbers of which a matrix can be cut for a GPU: `kernels.GPUKernels.part_rows`.
 
-    `element_bytes` are those of W1, which the output's are too, and of W0.
+    >>> part_rows(28672, 8192), part_rows(128256, 8192)
+    (1792, 8064)
     """
-    return m * n * (2 * element_bytes[0] + element_bytes[1]) + solver_bytes(m, n, rank) + WORKSPACE_BYTES
+    programs, grains = -(-n // 128), -(-m // 64)
+    return -(-grains // max(1, min(-(-1024 // programs), grains // 4))) * 64
+
+
+def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int], rows: int = 0) -> int:
+    """Most that a matrix takes of a GPU's memory: W1, which the output replaces, W0, and what the solver holds.
+
+    `element_bytes` are those of W1 and of W0. With `rows`, two blocks of so many in place of the weights.
+    """
+    held = min(m, 2 * rows) if rows else m
+    return held * n * sum(element_bytes) + solver_bytes(m, n, rank) + WORKSPACE_BYTES

@@ -17,6 +17,9 @@ from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two
 SANE = (1e-24, 1e24)  # |delta|_F^2 that float32 sums hold without rounding to zero or infinity
 
 
+Product = Callable[[Tensor, list[float] | None], Tensor]  # the other factor, and a list for the sums of squares
+
+
 class NotFinite(DataError):
     """A weight holds NaN or Inf."""
 
@@ -27,18 +30,13 @@ class Delta:
     `scale` is a power of two, chosen so that the products neither overflow nor vanish: from `rms`, a guess of an
     entry's size, and again from the true largest entry if the first product shows that the guess was bad. Divide
     singular values by it. The sum of squares is taken in the first product. Raises NotFinite from that product.
-    Where the weights are copies on a GPU, `seen` are those on the host, for the looks at single elements.
     """
 
     turned = False
 
-    def __init__(
-        self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0, seen: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
         self.w1, self.w0 = w1, w0
-        self.device = w1.device
         self.run = run
-        self._seen = seen or (w1, w0)
         self.scale = _scale_for(rms, w1, w0)
         self._squares: float | None = None
 
@@ -48,34 +46,46 @@ class Delta:
 
     def matmul(self, x: Tensor) -> Tensor:
         """delta * scale @ x: (n, l) -> (m, l)."""
-        return self._product(delta_matmul, x)
+        return self._product(self._forward, x)
 
     def rmatmul(self, y: Tensor) -> Tensor:
         """(delta * scale).T @ y: (m, l) -> (n, l)."""
-        return self._product(delta_rmatmul, y)
+        return self._product(self._backward, y)
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y = delta * scale @ x and (delta * scale).T @ y: (n, l) -> (m, l) and (n, l), in one pass where that goes."""
-        if self._squares is None or self.shape[1] > WIDE:
+        if self._squares is None:
             y = self.matmul(x)
             return y, self.rmatmul(y)
-        return delta_normal(self.w1, self.w0, x, scale=self.scale, run=self.run)
+        return self._both(x)
 
-    def _product(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _product(self, product: Product, x: Tensor) -> Tensor:
         if self._squares is not None:
-            return kernel(self.w1, self.w0, x, scale=self.scale, run=self.run)
-        product = self._first(kernel, x)
-        scale = _better_scale(self.squared_norm(), *self._seen, self.run)
+            return product(x, None)
+        found = self._first(product, x)
+        scale = _better_scale(self.squared_norm(), self.w1, self.w0, self.run)
         if scale is not None:
             self.scale = scale
-            product = self._first(kernel, x)
-        return product
+            found = self._first(product, x)
+        return found
 
-    def _first(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _first(self, product: Product, x: Tensor) -> Tensor:
         squares: list[float] = []
-        product = kernel(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
+        found = product(x, squares)
         self._squares = _sum(squares)
-        return product
+        return found
+
+    def _forward(self, x: Tensor, squares: list[float] | None) -> Tensor:
+        return delta_matmul(self.w1, self.w0, x, scale=self.scale, squares=squares, run=self.run)
+
+    def _backward(self, y: Tensor, squares: list[float] | None) -> Tensor:
+        return delta_rmatmul(self.w1, self.w0, y, scale=self.scale, squares=squares, run=self.run)
+
+    def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shape[1] > WIDE:
+            y = self._forward(x, None)
+            return y, self._backward(y, None)
+        return delta_normal(self.w1, self.w0, x, scale=self.scale, run=self.run)
 
     def squared_norm(self) -> float:
         """|delta * scale|_F^2, known after the first product."""

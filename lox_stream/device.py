@@ -1,56 +1,78 @@
-"""Which device computes."""
+"""Which devices compute, and by which kernels."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 
 import torch
 
 from lox_stream.cards import CudaCard
 from lox_stream.costs import CARD_MOST, CARD_SHARE
 from lox_stream.errors import DeviceError
-from lox_stream.matching import Step
-from lox_stream.on_card import OnCard
+from lox_stream.kernels import on_gpu
+from lox_stream.on_card import Cards, OnCard
 from lox_stream.options import Options, is_gpu
-from lox_stream.planning import card_memory_needed
+from lox_stream.planning import Plan, too_large
 
 
-def check_device(options: Options, steps: Sequence[Step] = ()) -> None:
-    """Raise DeviceError for a device that cannot be used, or whose memory is too small for a matrix of `steps`.
+def settled(made: Plan) -> Plan:
+    """The plan as it is carried out here: on a GPU, with the choice of kernels made, and a warning where that is slow.
 
-    "auto" computes on the CPU in this release.
+    "auto" computes on the CPU in this release. Raises DeviceError for a device that cannot be used, or whose memory is
+    too small for a matrix.
     """
     if torch.get_float32_matmul_precision() != "highest":
         raise DeviceError(
             f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}, expected 'highest': "
             "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
         )
-    if is_gpu(options.device):
-        missing = _missing(options.device) or _too_little(steps, options)
-        if missing:
-            raise DeviceError(f"--device {options.device}: {missing}. Compute on the CPU with --device cpu")
+    options = made.options
+    if not is_gpu(options.device):
+        return made
+    found = missing(options.device) or _too_little(made)
+    if found:
+        raise DeviceError(f"--device {options.device}: {found}. Compute on the CPU with --device cpu")
+    if options.kernels == "torch":
+        return made
+    broken = without_triton()
+    if broken and options.kernels == "triton":
+        raise DeviceError(f"--kernels triton: {broken}. Compute with those of torch, which are slower: --kernels torch")
+    warning = f"the GPU computes with the kernels of torch, which are slower (--kernels torch): {broken}"
+    return replace(
+        made,
+        options=replace(options, kernels="torch" if broken else "triton"),
+        warnings=(*made.warnings, *([warning] if broken else [])),
+    )
 
 
-def card_of(options: Options) -> OnCard | None:
-    """The GPU that was asked for; None for the CPU."""
+def cards_of(options: Options) -> Cards | None:
+    """The GPUs that were asked for; None for the CPU."""
     if not is_gpu(options.device):
         return None
-    card = CudaCard(_index(options.device))
-    return OnCard(card, usable_bytes(options, card.free_bytes()))
+    kernels = on_gpu("torch" if options.kernels == "torch" else "triton")
+    cards = [CudaCard(index) for index in indices(options.device, torch.cuda.device_count())]
+    return Cards([OnCard(card, usable_bytes(options, card.free_bytes()), kernels) for card in cards])
 
 
 def usable_bytes(options: Options, free_bytes: int) -> int:
-    """Of the card's memory, so much as was asked for, or a share of what is free."""
+    """Of a card's memory, so much as was asked for, or a share of what is free."""
     return options.gpu_memory_bytes or int(free_bytes * CARD_SHARE)
 
 
-def _index(device: str) -> int:
-    return torch.device(device).index or 0
+def indices(device: str, count: int) -> list[int]:
+    """The numbers of the GPUs that a value of `Options.device` names, where there are `count`.
+
+    >>> indices("cuda", 2), indices("cuda:all", 2), indices("cuda:3,1", 2)
+    ([0], [0, 1], [3, 1])
+    """
+    named = device.removeprefix("cuda").removeprefix(":")
+    return list(range(count)) if named == "all" else [int(number) for number in (named or "0").split(",")]
 
 
-def _missing(device: str) -> str:
-    """What a GPU lacks that is asked for, in words; nothing if it can be used."""
+def missing(device: str) -> str:
+    """What is wrong with the GPUs that are asked for, in words; nothing if they can be used."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return f"no usable CUDA GPU: torch {torch.__version__} was built without CUDA"
@@ -59,33 +81,34 @@ def _missing(device: str) -> str:
             "if the driver does"
         )
     count = torch.cuda.device_count()
-    if _index(device) >= count:
+    asked = indices(device, count)
+    if max(asked) >= count:
         return f"no such GPU: torch sees {count}, numbered from 0"
+    kinds = sorted({torch.cuda.get_device_name(index) for index in asked})
+    if len(kinds) > 1:
+        return f"these GPUs are of several kinds, whose sums differ in the last bits: {', '.join(kinds)}. Name one kind"
+    return ""
+
+
+def without_triton() -> str:
+    """Why the kernels in Triton cannot be used, in words; nothing where they can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed, which the GPU kernels are written in. Install lox-stream[gpu]"
+        return "Triton is not installed; lox-stream[gpu] has it"
     from lox_stream.kernels.gpu.working import why_not
 
     broken = why_not()
-    if broken:
-        return f"Triton does not work here: {broken}. It needs a C compiler and Python's headers"
-    return ""
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return broken and (
+        f"Triton {version('triton')} does not work here (torch {torch.__version__}, compute capability {capability}): "
+        f"{broken}. It needs a C compiler and Python's headers"
+    )
 
 
-def _too_little(steps: Sequence[Step], options: Options) -> str:
-    free_bytes = CudaCard(_index(options.device)).free_bytes()
+def _too_little(made: Plan) -> str:
+    options = made.options
+    cards = (CudaCard(index) for index in indices(options.device, torch.cuda.device_count()))
+    free_bytes = min(card.free_bytes() for card in cards)
     if options.gpu_memory_bytes > CARD_MOST * free_bytes:
         most = int(CARD_MOST * free_bytes)
         return f"--gpu-memory is {options.gpu_memory_bytes}, expected at most {most}: CUDA's libraries need the rest"
-    return too_large(steps, options.svd, usable_bytes(options, free_bytes))
-
-
-def too_large(steps: Sequence[Step], svd: str, usable_bytes: int) -> str:
-    """The first matrix that a card cannot take in so many bytes, in words; nothing if it can take them all."""
-    for step in steps:
-        needed = card_memory_needed(step, svd)
-        if needed > usable_bytes:
-            return (
-                f"{step.name} {(step.m, step.n)} takes {needed / 1e9:.2f} GB of GPU memory, expected at most the "
-                f"{usable_bytes / 1e9:.2f} GB that may be used. Free some, or give it more with --gpu-memory"
-            )
-    return ""
+    return too_large(made.steps, options.svd, usable_bytes(options, free_bytes))

@@ -30,7 +30,7 @@ from lox_stream.planning import Plan
 
 FORMAT = 1
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
-FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes")  # no byte of the output depends on them
+FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes", "kernels")  # no byte depends on them, or "device" tells
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
@@ -82,9 +82,10 @@ def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
 
 def byte_options(options: Options) -> dict[str, Any]:
     """The options that the bytes of the output depend on: of the device, whether it is a GPU, which sums in another
-    order."""
+    order, and by which kernels."""
     kept = {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
-    return kept | {"device": "cuda" if is_gpu(options.device) else "cpu"}
+    by = " --kernels torch" if options.kernels == "torch" else ""
+    return kept | {"device": f"cuda{by}" if is_gpu(options.device) else "cpu"}
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -29,10 +29,11 @@ class Options:
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
     on_nonfinite: Literal["error", "copy"] = "error"
-    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
     threads: int = 0  # 0: all cores
-    gpu_memory_bytes: int = 0  # 0: 80 % of what is free on the GPU
+    gpu_memory_bytes: int = 0  # of each GPU; 0: 80 % of what is free on it
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # on a GPU
 
 
 def is_gpu(device: str) -> bool:
@@ -54,6 +55,7 @@ def check_options(options: Options) -> None:
         *_one_of("--rounding", options.rounding, ("nearest", "stochastic")),
         *_one_of("--on-nonfinite", options.on_nonfinite, ("error", "copy")),
         *_device(options.device),
+        *_one_of("--kernels", options.kernels, ("auto", "triton", "torch")),
         *_globs("--skip", options.skip),
         *_globs("--only", options.only),
     ]
@@ -108,9 +110,11 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> list[str]:
 
 
 def _device(value: object) -> list[str]:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        return []
-    return [f"--device is {value!r}, expected auto, cpu, cuda or cuda:N (the N-th GPU, from 0)"]
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(all|\d+(,\d+)*))?", value):
+        numbers = value.removeprefix("cuda:").split(",")
+        if len(set(map(int, filter(str.isdigit, numbers)))) in (0, len(numbers)):
+            return []
+    return [f"--device is {value!r}, expected auto, cpu, cuda, cuda:N (the N-th GPU, from 0), cuda:0,1 or cuda:all"]
 
 
 def _globs(option: str, value: object) -> list[str]:

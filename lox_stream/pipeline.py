@@ -18,12 +18,12 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 from lox_stream import costs
-from lox_stream.device import card_of
+from lox_stream.device import cards_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
 from lox_stream.matching import Step
-from lox_stream.on_card import OnCard
-from lox_stream.options import Options, is_gpu
+from lox_stream.on_card import Cards
+from lox_stream.options import Options
 from lox_stream.planning import memory_needed
 from lox_stream.processing import Target, process
 from lox_stream.reader import Prefetch
@@ -32,7 +32,7 @@ from lox_stream.workers import Workers
 TICK_S = 0.1
 WINDOW_BYTES = 2 << 30  # input that waits in the page cache, at most
 SPAN_BYTES = 64 << 20  # of aligned, from the first to the last step of a job
-CARD_THREADS = 4  # for a GPU: one copies in, one solves, one writes, and one is on its way
+CARD_THREADS = 5  # for a GPU: two solve, one copies in, one writes, and one is on its way
 FIRST = 8  # jobs that may change places
 
 Job = tuple[int, ...]  # indices of the steps that are carried out together
@@ -88,15 +88,16 @@ def compute(
     the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
     buffers stay within `options.memory_bytes`, except that one job is always admitted.
     """
-    card = card_of(options)
-    threads = thread_count(options) if card is None else max(thread_count(options), CARD_THREADS)
+    cards = cards_of(options)
+    count = 0 if cards is None else len(cards)
+    threads = max(thread_count(options), count * CARD_THREADS)
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     jobs = jobs_of(steps, options)
     if not in_order:
         jobs = smallest_first(jobs, steps)
-    admission = _Admission(steps, jobs, options, threads, held_bytes)
+    admission = _Admission(steps, jobs, options, threads, count * costs.PINNED_BYTES, held_bytes)
     parked: dict[int, Finished] = {}
-    with nullcontext() if card is None else closing(card), Workers(threads, stop) as workers:
+    with nullcontext() if cards is None else closing(cards), Workers(threads, stop) as workers:
         reading = Prefetch(
             [[steps[index] for index in job] for job in jobs],
             min(WINDOW_BYTES, options.memory_bytes),
@@ -109,7 +110,7 @@ def compute(
                 if stop is not None and stop.is_set():
                     raise Cancelled("stopped on request")
                 for job in admission.admit():
-                    workers.submit(_work(job, steps, place, options, workers, card, events))
+                    workers.submit(_work(job, steps, place, options, workers, cards, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
@@ -176,10 +177,11 @@ class _Admission:
         jobs: Sequence[Job],
         options: Options,
         threads: int,
+        pinned_bytes: int,
         held_bytes: Callable[[Step], int],
     ) -> None:
         self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
-        own = costs.thread_bytes(threads) + (costs.PINNED_BYTES if is_gpu(options.device) else 0)
+        own = costs.thread_bytes(threads) + pinned_bytes
         self.budget = max(options.memory_bytes - own, options.memory_bytes // 4)
         self.most = threads + 1
         self.working: set[Job] = set()
@@ -217,14 +219,14 @@ def _work(
     place: Callable[[Step], Target],
     options: Options,
     workers: Workers,
-    card: OnCard | None,
+    cards: Cards | None,
     events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
     def work() -> None:
         these = [steps[index] for index in job]
         try:
             workers.check()
-            written = process(these, place, options, workers.run, card)
+            written = process(these, place, options, workers.run, cards)
         except BaseException as problem:  # raised where the events are read
             events.put(_Failed(problem))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,32 @@ def memory_needed(step: Step, options: Options) -> int:
     return costs.step_bytes(step.m, step.n, options.rank, options.svd) * min(step.count, at_once)
 
 
-def card_memory_needed(step: Step, svd: str) -> int:
-    """Bytes of a GPU that a matrix of a step takes where there is one; 0 for what the CPU computes all the same."""
+def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
+    """Bytes of a GPU that a matrix of a step takes where there is one; 0 for what the CPU computes all the same.
+
+    `blocks`: in the smallest blocks that it can be cut into.
+    """
     if step.action == "copy" or step.base is None or "F64" in (step.aligned.dtype, step.base.dtype):
         return 0
     if not costs.goes_on_card(step.m, step.n, step.rank, svd):
         return 0
     elements = step.count * step.m * step.n
     sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
-    return costs.bytes_on_card(step.m, step.n, step.rank, sizes)
+    rows = costs.part_rows(step.m, step.n) if blocks else 0
+    return costs.bytes_on_card(step.m, step.n, step.rank, sizes, rows)
+
+
+def too_large(steps: Sequence[Step], svd: str, usable_bytes: float) -> str:
+    """The first matrix that a GPU cannot take in so many bytes, in words; nothing if it can take them all."""
+    for step in steps:
+        needed = card_memory_needed(step, svd, blocks=True)
+        if needed > usable_bytes:
+            return (
+                f"{printable(step.name)} {(step.m, step.n)} takes {needed / 1e9:.2f} GB of GPU memory in the smallest "
+                f"blocks, expected at most the {usable_bytes / 1e9:.2f} GB that may be used. Free some, or give it "
+                "more with --gpu-memory"
+            )
+    return ""
 
 
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:

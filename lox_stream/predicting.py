@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lox_stream import costs
-from lox_stream.errors import OptionError
+from lox_stream.errors import DeviceError, OptionError
 from lox_stream.matching import Step
 from lox_stream.options import is_gpu, parse_size
-from lox_stream.planning import Plan, card_memory_needed, memory_needed
+from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
 CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
@@ -26,6 +26,7 @@ class Machine:
     disk: float = 0.0  # reading and writing together
     pcie: float = 0.0  # to the GPU, and as much from it at the same time
     gpu: float = 0.0  # of the GPU's memory
+    card: float = 0.0  # bytes of that memory; 0: as much as a matrix may need
     cores: float = 0.0
     core: float = CORE_RATE
     passes: float = PASSES
@@ -38,7 +39,8 @@ class Prediction:
     read_bytes: int
     written_bytes: int
     host_bytes: int  # of the largest step, and pinned for a card
-    gpu_bytes: int  # of the largest matrix on a card; 0 without one
+    gpu_bytes: int  # of the largest matrix on a card, as it goes there; 0 without one
+    in_blocks: int  # tensors that go to the card in blocks, for they are larger than its memory
     passes: float
     busy_s: dict[str, float]  # "disk", "cores", "pcie", "gpu": those whose rates are known
     elapsed_s: float | None  # of the busiest part; None if nothing is known
@@ -83,6 +85,11 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
     on_card = {step.name: card_memory_needed(step, plan.options.svd) if away else 0 for step in changed}
     there = [step for step in changed if on_card[step.name]]
     here = [step for step in changed if not on_card[step.name]]
+    room = plan.options.gpu_memory_bytes or machine.card * costs.CARD_SHARE or math.inf
+    problem = too_large(there, plan.options.svd, room)
+    if problem:
+        raise DeviceError(f"--device {plan.options.device}: {problem}")
+    blocks = [step for step in there if on_card[step.name] > room]
     read = sum(step.aligned.n_bytes for step in plan.steps) + sum(map(_base_bytes, changed))
     written = sum(step.aligned.n_bytes for step in plan.steps)
     busy: dict[str, float] = {}
@@ -96,13 +103,15 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
         add("cores", machine.cores, lambda: sum(_core_s(step, machine) for step in here) / machine.cores)
     if there:
         pair, out = sum(map(_pair_bytes, there)), sum(step.aligned.n_bytes for step in there)
-        add("pcie", machine.pcie, lambda: max(pair, out) / machine.pcie)
+        again = sum((machine.passes - 1) * _pair_bytes(step) + step.aligned.n_bytes for step in blocks)
+        add("pcie", machine.pcie, lambda: max(pair + again, out) / machine.pcie)
         add("gpu", machine.gpu, lambda: (2 * machine.passes * pair + 2 * out) / machine.gpu)
     return Prediction(
         read_bytes=read,
         written_bytes=written,
         host_bytes=max((memory_needed(step, plan.options) for step in here), default=0) + away * costs.PINNED_BYTES,
-        gpu_bytes=max(on_card.values(), default=0),
+        gpu_bytes=int(min(max(on_card.values(), default=0), room)),
+        in_blocks=len(blocks),
         passes=machine.passes,
         busy_s=busy,
         elapsed_s=max(busy.values()) if machine.disk and len(busy) > 1 else None,

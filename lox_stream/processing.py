@@ -18,7 +18,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step
-from lox_stream.on_card import OnCard
+from lox_stream.on_card import Cards
 from lox_stream.options import Options
 from lox_stream.reader import TORCH_DTYPES, mapped
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
@@ -37,9 +37,9 @@ class Target(Protocol):
 
 
 def process(
-    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run, card: OnCard | None = None
+    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run, cards: Cards | None = None
 ) -> list[tuple[TensorFacts, Target]]:
-    """Carry out a step, or several whose matrices have one shape and are solved together; on `card` what it takes.
+    """Carry out a step, or several whose matrices have one shape and are solved together; on `cards` what they take.
 
     `place(step)` makes its target, a second time if the tensor has to be written anew. Raises DataError for NaN or Inf,
     unless `options.on_nonfinite` is "copy".
@@ -47,19 +47,20 @@ def process(
     started = time.perf_counter()
     targets = [place(step) for step in steps]
     outcomes: list[Outcome] = [()] * len(steps)
+    told: list[list[str]] = [[] for _ in steps]
     if steps[0].action == "extrapolate":
-        outcomes = _extrapolate(steps, targets, options, run, card)
+        outcomes = _extrapolate(steps, targets, options, run, cards, told)
     finished = []
-    for step, target, outcome in zip(steps, targets, outcomes, strict=True):
+    for step, target, outcome, notices in zip(steps, targets, outcomes, told, strict=True):
         if step.action == "copy" or isinstance(outcome, NotFinite):
             target = place(step) if isinstance(outcome, NotFinite) else target
             _copy_all(step, target, run)
         elapsed_s = (time.perf_counter() - started) / len(steps)
-        finished.append((_facts(step, outcome, target.checksum(), elapsed_s), target))
+        finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
     return finished
 
 
-def _facts(step: Step, outcome: Outcome, checksum: str, elapsed_s: float) -> TensorFacts:
+def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, elapsed_s: float) -> TensorFacts:
     action, reason = step.action, str(step.reason)
     matrices: tuple[MatrixFacts, ...] = ()
     notices: tuple[str, ...]
@@ -77,25 +78,30 @@ def _facts(step: Step, outcome: Outcome, checksum: str, elapsed_s: float) -> Ten
         elapsed_s=elapsed_s,
         checksum=checksum,
         matrices=matrices,
-        notices=notices,
+        notices=(*told, *notices),
     )
 
 
 def _extrapolate(
-    steps: Sequence[Step], targets: Sequence[Target], options: Options, run: Run, card: OnCard | None
+    steps: Sequence[Step],
+    targets: Sequence[Target],
+    options: Options,
+    run: Run,
+    cards: Cards | None,
+    told: Sequence[list[str]],
 ) -> list[Outcome]:
-    """For each step the facts of its matrices, or what is not finite in it."""
+    """For each step the facts of its matrices, or what is not finite in it; notices go to its list in `told`."""
     outcomes: list[Outcome] = [()] * len(steps)
     with contextlib.ExitStack() as maps:
         matrices = [
             (i, matrix)
-            for i, (step, target) in enumerate(zip(steps, targets, strict=True))
-            for matrix in _matrices(step, target, options, maps)
+            for i, (step, target, notices) in enumerate(zip(steps, targets, told, strict=True))
+            for matrix in _matrices(step, target, options, maps, notices)
         ]
         size = together(steps[0].m, steps[0].n, options.rank, options.svd, options.memory_bytes)
         for first in range(0, len(matrices), size):
             some = matrices[first : first + size]
-            found = _computed([matrix for _, matrix in some], run, card)
+            found = _computed([matrix for _, matrix in some], run, cards)
             for (i, matrix), facts in zip(some, found, strict=True):
                 before = outcomes[i]
                 if isinstance(before, NotFinite):
@@ -109,9 +115,9 @@ def _extrapolate(
     return outcomes
 
 
-def _computed(matrices: Sequence[Matrix], run: Run, card: OnCard | None) -> list[MatrixFacts | NotFinite]:
-    if card is not None and len(matrices) == 1 and card.takes(matrices[0]):
-        return [card.extrapolate(matrices[0], run)]
+def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[MatrixFacts | NotFinite]:
+    if cards is not None and len(matrices) == 1 and cards.takes(matrices[0]):
+        return [cards.extrapolate(matrices[0], run)]
     return extrapolate_matrices(matrices, run)
 
 
@@ -125,8 +131,10 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     ) from problem
 
 
-def _matrices(step: Step, target: Target, options: Options, maps: contextlib.ExitStack) -> Iterator[Matrix]:
-    """The matrices of a step, over maps that are left open in `maps`."""
+def _matrices(
+    step: Step, target: Target, options: Options, maps: contextlib.ExitStack, told: list[str]
+) -> Iterator[Matrix]:
+    """The matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     w1 = stacked(maps.enter_context(mapped(step.aligned)), step.aligned.dtype, step)
     w0 = stacked(maps.enter_context(mapped(step.base)), step.base.dtype, step)
@@ -136,7 +144,10 @@ def _matrices(step: Step, target: Target, options: Options, maps: contextlib.Exi
         def emit(first: int, tile: Tensor, offset: int = offset) -> None:
             target.write(offset + first * tile.element_size(), as_bytes(tile))
 
-        yield Matrix(w1[index], w0[index], _setting(step, options, index), emit)
+        def tell(notice: str) -> None:
+            told.append(f"{step.name}: {notice}")
+
+        yield Matrix(w1[index], w0[index], _setting(step, options, index), emit, tell)
 
 
 def stacked(data: memoryview, dtype: str, step: Step) -> Tensor:

@@ -128,7 +128,8 @@ def prediction_table(prediction: Prediction) -> Group:
         ("memory", f"{budget_text(prediction.host_bytes)} at most on the host, but for tiles"),
     ]
     if prediction.gpu_bytes:
-        rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} for the largest matrix"))
+        blocks = f"; {prediction.in_blocks} tensors go to it in blocks, in each pass" if prediction.in_blocks else ""
+        rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} for the largest matrix{blocks}"))
     rows.append(("passes", f"{prediction.passes:g}, each with both products; hard spectra take three times as many"))
     rows += [(f"{part} busy", time_text(seconds)) for part, seconds in prediction.busy_s.items()]
     if prediction.elapsed_s is not None:

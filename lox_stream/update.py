@@ -13,7 +13,7 @@ from lox_stream.costs import by_gram
 from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator
 from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
-from lox_stream.kernels import fullrank_update, lowrank_update
+from lox_stream.kernels import GPUKernels, fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
 from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two, upload
 from lox_stream.options import Options
@@ -100,6 +100,7 @@ class Matrix:
     w0: Tensor
     setting: Setting
     emit: Emit
+    tell: Callable[[str], None] = lambda notice: None  # a person, of something that went otherwise than planned
 
 
 def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run: Run) -> MatrixFacts:
@@ -133,12 +134,15 @@ def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | N
     return [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
 
 
-def solve_away(matrix: Matrix, w1: Tensor, w0: Tensor, run: Run) -> MatrixFacts | NotFinite | Solved:
-    """`solve_matrices` of a matrix that is solved by the randomized solver, on copies of its weights on a GPU."""
+def begin_away(matrix: Matrix, run: Run) -> MatrixFacts | Sample:
+    """Of a matrix that is to be solved on a GPU: its facts where delta is zero, else what the solver has to know."""
     sample = Sample(matrix.w1, matrix.w0)
-    if not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run):
-        return _zero(sample)
-    op = Delta(w1, w0, run, rms=sample.delta_rms, seen=(matrix.w1, matrix.w0))
+    identical = not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run)
+    return _zero(sample) if identical else sample
+
+
+def solve_away(matrix: Matrix, sample: Sample, op: Delta) -> MatrixFacts | NotFinite | Solved:
+    """`solve_matrices` of one whose products are taken on a GPU, by the randomized solver."""
     try:
         (solved,) = _solve([_Unsolved(matrix, sample, op)])
     except NotFinite as problem:
@@ -258,7 +262,7 @@ def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]
     """Emit the updates of those that have one."""
     real = [one for one in solved if len(one.found.s)]
     kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
-    return [facts_of(one, next(kept)) if len(one.found.s) else _zero(one.sample, one.found.passes) for one in solved]
+    return [_facts_of(one, next(kept)) if len(one.found.s) else _zero(one.sample, one.found.passes) for one in solved]
 
 
 def _zero(sample: Sample, passes: int = 0) -> MatrixFacts:
@@ -284,19 +288,37 @@ def _factors(one: Solved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (found.u.double() * upload(s, found.u.device)).to(dtype), found.vh.to(dtype)
 
 
-def update_away(one: Solved, w1: Tensor, out: Tensor, sums: Tensor) -> Callable[[], None]:
-    """Computes W1 + alpha * U diag(S) Vh of a copy on a GPU into `out`; into `sums` (3,) what `gpu` tells of it."""
-    from lox_stream.kernels.gpu.lowrank_update import lowrank_update as update
+class UpdateAway:
+    """W1 + alpha * U diag(S) Vh of a matrix on a GPU, some rows at a time, in place of W1.
 
-    setting = one.matrix.setting
-    unit = power_of_two(abs(setting.options.alpha) * one.part / one.scale / math.sqrt(w1.numel()), FLOAT32_SCALE)
+    `sums` (3,) float64 on the GPU add up what `GPUKernels.lowrank_update` tells of the rows.
+    """
 
-    def work() -> None:
+    def __init__(self, one: Solved, kernels: GPUKernels) -> None:
         us, vh = _factors(one, torch.float32)
-        kept = update(w1, us.contiguous(), vh.contiguous(), out, key=setting.key, first=setting.first, unit=unit)
-        sums.copy_(kept)
+        self._us, self._vh = us.contiguous(), vh.contiguous()
+        self._one, self._kernels = one, kernels
+        self.sums = torch.zeros(3, dtype=torch.float64, device=us.device)
 
-    return work
+    def of(self, rows: slice, w1: Tensor) -> Callable[[], None]:
+        """Updates these rows, of which the weight is `w1`."""
+        one, setting = self._one, self._one.matrix.setting
+        m, n = one.matrix.w1.shape
+        rms = abs(setting.options.alpha) * one.part / one.scale / math.sqrt(m * n)
+        first, unit = setting.first + rows.start * n, power_of_two(rms, FLOAT32_SCALE)
+
+        def work() -> None:
+            us = self._us[rows]
+            self.sums += self._kernels.lowrank_update(
+                w1, us, self._vh, w1, whole=m, key=setting.key, first=first, unit=unit
+            )
+
+        return work
+
+    def facts(self, sums: Sequence[float]) -> MatrixFacts | NotFinite:
+        """Of the matrix, once `sums` were fetched."""
+        dot, square, bad = sums
+        return _facts_of(self._one, Retained(dot, square, bad == 0))
 
 
 def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
@@ -358,7 +380,7 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
     return all(same)
 
 
-def facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
+def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
     """Of a matrix whose update was rounded; NotFinite where that left the range of its dtype."""
     found, scale = one.found, one.scale
     if not kept.finite:

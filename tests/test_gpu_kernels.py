@@ -22,7 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lox_stream.kernels import cpu
+from lox_stream.costs import part_rows
+from lox_stream.kernels import by_torch, cpu
+from lox_stream.kernels.gpu import products
 from lox_stream.kernels.random_words import words16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,8 +48,9 @@ def loaded(folder: Path, name: str) -> SimpleNamespace:
     )
     assert spec is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    names = ("delta_matmul", "delta_rmatmul", "lowrank_update", "fullrank_update", "partial_sums")
-    return SimpleNamespace(**{part: importlib.import_module(f"{name}.{part}") for part in names})
+    names = ("delta_matmul", "delta_rmatmul", "lowrank_update", "fullrank_update", "partial_sums", "products")
+    modules = {part: importlib.import_module(f"{name}.{part}") for part in names}
+    return SimpleNamespace(**modules, whole=lambda m: {})
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +96,7 @@ def both_products(k: SimpleNamespace, w1: Tensor, w0: Tensor, lanes: int, scale:
     for function, matrix in ((k.delta_matmul.delta_matmul, delta), (k.delta_rmatmul.delta_rmatmul, delta.T)):
         x, squares = normal(matrix.shape[1], lanes), []
         judge_product(function(w1, w0, x, scale=scale, squares=squares), matrix, x, what)
-        assert len(squares) == 1, what
-        assert abs(squares[0] - total) <= 20 * EPS * total, what
+        assert abs(torch.cat(squares).sum() - total) <= 20 * EPS * total, what
         x = normal(lanes, matrix.shape[1]).T
         judge_product(function(w1, w0, x, scale=scale), matrix, x, what)
 
@@ -132,6 +134,38 @@ def law_a_long_loop_is_split(k: SimpleNamespace) -> None:
         both_products(k, w1, w0, 8)
 
 
+def law_rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole(k: SimpleNamespace) -> None:
+    programs, k.products.PROGRAMS = k.products.PROGRAMS, 4  # as if the matrix were so large that there are enough
+    try:
+        judge_rows(k, 1100, 150)
+    finally:
+        k.products.PROGRAMS = programs
+
+
+def judge_rows(k: SimpleNamespace, m: int, n: int) -> None:
+    part = k.delta_rmatmul.part_rows(m, n)
+    assert part < m
+    w1, w0 = pair(m, n, torch.bfloat16)
+    x, y, squares, some = normal(n, 70), normal(m, 70), [], []
+    image = k.delta_matmul.delta_matmul(w1, w0, x, squares=squares)
+    terms = k.delta_rmatmul.partial_products(w1, w0, y)
+    assert torch.equal(k.partial_sums.total(terms).T, k.delta_rmatmul.delta_rmatmul(w1, w0, y))
+    us, vh, kept = normal(m, 6), normal(6, n), torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    out, whole = w1.clone(), torch.empty_like(w1)
+    told = k.lowrank_update.lowrank_update(w1, us, vh, whole, key=KEY, first=5)
+    for block in (slice(0, part), slice(part, m)):
+        here = w1[block], w0[block]
+        assert torch.equal(k.delta_matmul.delta_matmul(*here, x, whole=m, squares=some), image[block])
+        found = k.delta_rmatmul.partial_products(*here, y[block], whole=m)
+        assert torch.equal(found, terms[block.start // part :][: len(found)])
+        first = 5 + block.start * n
+        rows = out[block], us[block], vh, out[block]
+        kept += k.lowrank_update.lowrank_update(*rows, key=KEY, first=first, **k.whole(m))
+    assert sorted(torch.cat(some).tolist()) == sorted(torch.cat(squares).tolist())
+    assert torch.equal(out, whole), "an update may replace its weight"
+    assert torch.allclose(kept, told, rtol=1e-12)
+
+
 def law_parts_are_added_in_their_order(k: SimpleNamespace) -> None:
     parts = torch.tensor([[1e8], [1.0], [-1e8], [3.0]]).repeat(1, 1500).to(DEVICE)
     assert (k.partial_sums.total(parts) == 3.0).all()  # (1e8 + 1) - 1e8 is 0 in float32
@@ -144,7 +178,7 @@ def law_what_is_not_finite_shows_in_the_squares(k: SimpleNamespace) -> None:
         for function, length in ((k.delta_matmul.delta_matmul, 70), (k.delta_rmatmul.delta_rmatmul, 65)):
             squares: list[Tensor] = []
             function(w1, w0, normal(length, 8), squares=squares)
-            assert not squares[0].isfinite()
+            assert not torch.cat(squares).sum().isfinite()
 
 
 def law_offsets_beyond_two_to_the_31_are_right(k: SimpleNamespace) -> None:
@@ -271,6 +305,44 @@ def test_it_holds_that(law, kernels):
     LAWS[law](kernels)
 
 
+OF_TORCH = (
+    *("products_agree_with_float64", "weights_may_have_any_row_stride", "scales_are_applied_before_the_products"),
+    *("rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole", "parts_are_added_in_their_order"),
+    *("what_is_not_finite_shows_in_the_squares", "low_rank_updates_are_those_of_the_cpu", "what_overflows_is_counted"),
+)
+
+
+@pytest.mark.parametrize("law", OF_TORCH)
+def test_of_the_kernels_in_torch_it_holds_that(law, monkeypatch):
+    monkeypatch.setattr(by_torch, "TILE_ELEMENTS", 1000)
+
+    def both(*given, **how):
+        return by_torch.total(by_torch.partial_products(*given, **how)).T
+
+    back = SimpleNamespace(delta_rmatmul=both, partial_products=by_torch.partial_products, part_rows=by_torch.part_rows)
+    all_in_one = SimpleNamespace(
+        delta_matmul=by_torch,
+        delta_rmatmul=back,
+        lowrank_update=by_torch,
+        partial_sums=by_torch,
+        products=products,
+        whole=lambda m: {"whole": m},
+    )
+    LAWS[law](all_in_one)
+
+
+def test_the_words_of_the_kernels_in_torch_are_the_golden_ones():
+    for first in (0, 5, (1 << 33) - 3, (1 << 34) + 1):
+        found = by_torch._words16(first, torch.Size((7, 9)), KEY, torch.device(DEVICE))
+        assert found.flatten().tolist() == words16(first, 63, KEY).tolist()
+
+
+def test_plans_know_how_finely_a_matrix_can_be_cut(kernels):
+    for m in (1, 64, 65, 1000, 4096, 28672, 128256):
+        for n in (1, 128, 129, 576, 8192, 28672):
+            assert part_rows(m, n) == kernels.delta_rmatmul.part_rows(m, n)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lanes", [8, 64])
 def test_results_do_not_change_from_launch_to_launch(kernels, lanes):
@@ -294,6 +366,7 @@ def test_large_products_keep_the_accuracy_of_float32(kernels):
 
 
 PRODUCTS, SPLIT, FAR = "products_agree_with_float64", "a_long_loop_is_split", "offsets_beyond_two_to_the_31_are_right"
+ROWS = "rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole"
 LOW, FULL = "low_rank_updates_are_those_of_the_cpu", "full_rank_updates_are_those_of_the_cpu"
 BITS, WORDS = "rounding_has_the_bits_of_the_cpu", "words_are_the_golden_ones"
 MUTATIONS = [  # file, what is right, what is wrong, the law that is broken
@@ -311,7 +384,13 @@ MUTATIONS = [  # file, what is right, what is wrong, the law that is broken
     ("delta_rmatmul.py", "lane[:, None]) * n + cols", "lane[:, None]) * m + cols", PRODUCTS),
     ("delta_rmatmul.py", "first = tl.program_id(1) * part", "first = 0", SPLIT),
     ("delta_rmatmul.py", "if SQUARES:\n            squares +=", "if SQUARES:\n            squares =", SPLIT),
-    ("products.py", "splits = tiles_of(inner, part)", "splits = max(1, inner // part)", SPLIT),
+    (
+        "products.py",
+        "tiles_of(outer, block_outer), tiles_of(inner, part)",
+        "tiles_of(outer, block_outer), max(1, inner // part)",
+        SPLIT,
+    ),
+    ("products.py", "part_of(whole or m, n", "part_of(m, n", ROWS),
     ("partial_sums.py", "range(1, SPLITS)", "range(1, SPLITS - 1)", "parts_are_added_in_their_order"),
     ("partial_sums.py", "range(1, SPLITS)", "range(SPLITS - 1, 0, -1)", "parts_are_added_in_their_order"),
     ("lowrank_update.py", "range(0, RANK, BLOCK_K)", "range(0, RANK - BLOCK_K + 1, BLOCK_K)", LOW),

@@ -6,25 +6,26 @@ import importlib.util
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from late_card import LateCard, LateLane, plain
-from pretend_gpu import on_gpu
+from late_card import LateCard, LateLane
 from safetensors.torch import load_file
 
-from lox_stream import Options, extrapolate, on_card, plan
-from lox_stream.costs import bytes_on_card
-from lox_stream.device import too_large, usable_bytes
+from lox_stream import Options, blocks, card_delta, extrapolate, lending, on_card, plan
+from lox_stream.costs import bytes_on_card, part_rows
+from lox_stream.device import indices, usable_bytes
 from lox_stream.errors import Cancelled, DataError, DeviceError
-from lox_stream.kernels import cpu
+from lox_stream.kernels import by_torch
 from lox_stream.pipeline import Finished, compute
+from lox_stream.planning import too_large
 from lox_stream.synthetic import write_pair
 
 # not imported yet: tests/test_gpu_kernels.py decides first whether kernels are interpreted
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-MEMORY = 1 << 30
+MEMORY, IN_BLOCKS = 1 << 30, 2 * 32 * 220 * 4  # of the card: for all, and for the smallest blocks
 SHAPES = {
     "model.a.weight": (220, 150),
     "model.b.weight": (150, 220),
@@ -33,18 +34,25 @@ SHAPES = {
     "model.e.weight": (200, 200),
     "model.norm.weight": (64,),
 }
-MUTATIONS = [  # of on_card.py: what is right, what is wrong
-    ("busy.wait()\n            yield", "pass\n            yield"),
-    ("self._compute.wait_for(ready)", "pass"),
-    ("self._back.wait_for(done)", "pass"),
-    ("slot.busy = self._into.record()", "pass"),
-    ("slot.busy.wait()\n            dot", "dot"),
-    ("slot.busy.wait()\n                matrix", "matrix"),
-    ("memory.copy_(source[part])\n                self._into", "self._into"),
-    ("self._into.copy(to[part], memory)", "pass"),
-    ("slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES)", "slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES - 2)"),
-    ("ready = self._into.record()", "ready = self._back.record()"),
-    ("done = self._compute.record()", "done = self._into.record()"),
+MUTATIONS = [  # the module, what is right, what is wrong
+    (lending, "busy.wait()\n            yield", "pass\n            yield"),
+    (on_card, "compute.wait_for(resident.ready)", "pass"),
+    (on_card, "moves.back.wait_for(compute.record())\n            outcome", "outcome"),
+    (on_card, "moves.back.wait_for(compute.record())\n                        moves", "moves"),
+    (on_card, "block.start * w1.shape[1]", "block.start"),
+    (blocks, "slot.busy = self.into.record()", "pass"),
+    (blocks, "slot.busy.wait()\n            found", "found"),
+    (blocks, "slot.busy.wait()\n                emit", "emit"),
+    (blocks, "memory.copy_(source[part])\n                self.into", "self.into"),
+    (blocks, "self.into.copy(there[part], memory)", "pass"),
+    (blocks, "slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES)", "slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES - 2)"),
+    (blocks, "self.ready = moves.into.record()", "self.ready = moves.back.record()"),
+    (blocks, "self._moves.into.wait_for(used)", "pass"),
+    (blocks, "self._compute.wait_for(self._moves.into.record())", "pass"),
+    (blocks, "self._used[place] = self._compute.record()", "pass"),
+    (blocks, "if both:", "if not both:"),
+    (card_delta, "first = rows.start //", "first = 0 * rows.start //"),
+    (card_delta, "self._compute.record().wait()", "pass"),
 ]
 
 
@@ -68,41 +76,55 @@ class Kept:
 
 @pytest.fixture(autouse=True)
 def stand_ins(request, monkeypatch):
-    """The kernels for a GPU by those for a CPU, and all matrices on the card, in slots that are used many times."""
-    if request.node.get_closest_marker("gpu"):
-        return
+    """All matrices on the card, cut into many parts that go through slots which are used many times."""
+    if not request.node.get_closest_marker("gpu"):
+        stand_in(monkeypatch)
 
-    def product(function):
-        def away(w1, w0, x, *, scale=1.0, squares=None):
-            sums = None if squares is None else []
-            found = function(plain(w1), plain(w0), plain(x), scale=scale, squares=sums)
-            if sums is not None:
-                squares.append(on_gpu(torch.tensor(sum(sums), dtype=torch.float64)))
-            return on_gpu(found)
 
-        return away
-
-    def update(w1, us, vh, out, *, key=None, first=0, unit=1.0):
-        kept = cpu.lowrank_update(plain(w1), plain(us), plain(vh), plain(out), key=key, first=first)
-        return on_gpu(torch.tensor([kept.dot, kept.square, float(not kept.finite)], dtype=torch.float64))
-
-    monkeypatch.setattr("lox_stream.kernels.gpu.delta_matmul.delta_matmul", product(cpu.delta_matmul))
-    monkeypatch.setattr("lox_stream.kernels.gpu.delta_rmatmul.delta_rmatmul", product(cpu.delta_rmatmul))
-    monkeypatch.setattr("lox_stream.kernels.gpu.lowrank_update.lowrank_update", update)
-    small(on_card, monkeypatch)
+def stand_in(monkeypatch):
+    monkeypatch.setattr("lox_stream.kernels.gpu.products.GRAIN_M", 32)
+    monkeypatch.setattr("lox_stream.kernels.gpu.products.FEWEST_GRAINS", 1)
+    monkeypatch.setattr("lox_stream.kernels.by_torch.TILE_ELEMENTS", 4000)
+    for module in (blocks, lending, on_card):
+        small(module, monkeypatch)
 
 
 def small(module, monkeypatch):
-    monkeypatch.setattr(module, "goes_on_card", lambda m, n, rank, svd: 0 < rank < min(m, n))
-    monkeypatch.setattr(module, "SLOT_BYTES", 4096)
+    for name, value in {
+        "SLOT_BYTES": 4096,
+        "goes_on_card": lambda m, n, rank, svd: 0 < rank < min(m, n),
+        "bytes_on_card": bytes_of_weights,
+    }.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
 
 
-def computed(pair, monkeypatch, card=None):
+def bytes_of_weights(m, n, rank, element_bytes, rows=0):
+    """What memory is for in these tests, so that one budget makes all matrices go through in blocks."""
+    return (min(m, 2 * rows) if rows else m) * n * sum(element_bytes)
+
+
+class Watched(LateCard):
+    """One whose lanes can be looked at: into, back, and two that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.lanes = []
+
+    def lane(self):
+        self.lanes.append(super().lane())
+        return self.lanes[-1]
+
+
+def one(card=None, memory=MEMORY, module=on_card):
+    return module.OnCard(card or LateCard(), memory, by_torch)
+
+
+def computed(pair, monkeypatch, *cards, options=Options(device="cuda", threads=4)):  # noqa: B008
     """name -> its last event."""
-    card = card or on_card.OnCard(LateCard(), MEMORY)
-    monkeypatch.setattr("lox_stream.pipeline.card_of", lambda options: card)
-    given = Options(device="cuda", threads=4)
-    events = compute(plan(*pair, options=given).steps, Kept, given)
+    given = on_card.Cards(cards or [one()])
+    monkeypatch.setattr("lox_stream.pipeline.cards_of", lambda options: given)
+    events = compute(plan(*pair, options=options).steps, Kept, options)
     return {event.step.name: event for event in events if isinstance(event, Finished)}
 
 
@@ -110,10 +132,11 @@ def bytes_of(finished):
     return {name: bytes(event.target.data) for name, event in finished.items()}
 
 
-@pytest.fixture
-def expected(pair, monkeypatch):
+@pytest.fixture(scope="module")
+def expected(pair):
     """What a card gives whose lanes do everything at once."""
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
         patch.setattr(LateLane, "_give", lambda self, work: work())
         return bytes_of(computed(pair, patch))
 
@@ -128,7 +151,7 @@ def test_a_late_card_gives_the_bytes_of_a_prompt_one(pair, expected, monkeypatch
 
 def test_a_card_and_the_cpu_agree_within_the_tolerance(pair, expected, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lox_stream.pipeline.card_of", lambda options: None)
+        patch.setattr("lox_stream.pipeline.cards_of", lambda options: None)
         events = compute(plan(*pair).steps, Kept, Options())
         here = bytes_of({event.step.name: event for event in events if isinstance(event, Finished)})
     for name, data in expected.items():
@@ -140,10 +163,9 @@ def test_a_card_and_the_cpu_agree_within_the_tolerance(pair, expected, monkeypat
 def test_stochastic_rounding_on_a_card_is_that_of_the_cpu(pair, monkeypatch):
     """But for the few elements whose update is another: the words are the same."""
     given = Options(rounding="stochastic", tolerance=1e-5)
-    card = on_card.OnCard(LateCard(), MEMORY)
     ways = []
-    for way in (card, None):
-        monkeypatch.setattr("lox_stream.pipeline.card_of", lambda options, way=way: way)
+    for cards in (on_card.Cards([one()]), None):
+        monkeypatch.setattr("lox_stream.pipeline.cards_of", lambda options, cards=cards: cards)
         events = compute(plan(*pair, options=given).steps, Kept, given)
         ways.append(b"".join(bytes(e.target.data) for e in sorted_by_name(events)))
     words, others = (torch.frombuffer(bytearray(data), dtype=torch.int16) for data in ways)
@@ -154,44 +176,109 @@ def sorted_by_name(events):
     return sorted((e for e in events if isinstance(e, Finished)), key=lambda event: event.step.name)
 
 
-def mutated(right, wrong, tmp_path):
-    """on_card.py as a module of its own with a line that is wrong."""
-    source = Path(on_card.__file__).read_text()
-    assert right in source, f"on_card.py has no {right!r} any more"
+def mutated(module, right, wrong, tmp_path, monkeypatch):
+    """`on_card` where a line of it, or of a module that it uses, is wrong."""
+    source = Path(module.__file__).read_text()
+    assert right in source, f"{module.__name__} has no {right!r} any more"
     file = tmp_path / "mutant.py"
     file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("lox_stream_mutant_on_card", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    spec = importlib.util.spec_from_file_location("lox_stream_mutant", file)
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, mutant)  # where dataclasses look their module up
+    spec.loader.exec_module(mutant)
+    small(mutant, monkeypatch)
+    for name, value in vars(mutant).items():
+        for user in (blocks, on_card):
+            if getattr(value, "__module__", "") == spec.name and hasattr(user, name):
+                monkeypatch.setattr(user, name, value)
+    return mutant if module is on_card else on_card
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("right", "wrong"), [("", ""), *MUTATIONS], ids=lambda text: " ".join(text.split()))
-def test_a_wait_or_a_copy_that_is_missing_shows(right, wrong, pair, expected, monkeypatch, tmp_path):
-    module = mutated(right, wrong, tmp_path)
-    small(module, monkeypatch)
-    try:
-        same = bytes_of(computed(pair, monkeypatch, module.OnCard(LateCard(), MEMORY))) == expected
-    except (DataError, AssertionError, RuntimeError):
-        same = False
+@pytest.mark.parametrize(
+    ("module", "right", "wrong"),
+    [(on_card, "", ""), *MUTATIONS],
+    ids=lambda text: " ".join(text.split()) if isinstance(text, str) else text.__name__,
+)
+def test_a_wait_or_a_copy_that_is_missing_shows(module, right, wrong, pair, expected, monkeypatch, tmp_path):
+    mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
+    same = True
+    for memory in (MEMORY, IN_BLOCKS):
+        try:
+            same = same and bytes_of(computed(pair, monkeypatch, one(memory=memory, module=mutant))) == expected
+        except (DataError, AssertionError, RuntimeError, ValueError):
+            same = False
     assert same == (right == wrong)
 
 
 def test_a_card_that_is_short_of_memory_takes_one_at_a_time(pair, expected, monkeypatch):
-    most = max(bytes_on_card(*shape, 6, (2, 2)) for shape in SHAPES.values() if len(shape) == 2)
-    card = on_card.OnCard(LateCard(), most)
-    assert bytes_of(computed(pair, monkeypatch, card)) == expected
+    most = max(bytes_of_weights(*shape, 6, (2, 2)) for shape in SHAPES.values() if len(shape) == 2)
+    assert bytes_of(computed(pair, monkeypatch, one(memory=most))) == expected
+
+
+@pytest.mark.parametrize("memory", [IN_BLOCKS, IN_BLOCKS * 3 // 2])
+def test_matrices_that_are_larger_than_the_card_go_through_in_blocks(memory, pair, expected, monkeypatch):
+    walked = []
+    real = blocks.Streamed.__init__
+
+    def init(self, moves, w1, w0, rows, compute, run):
+        walked.append((w1.shape, rows))
+        real(self, moves, w1, w0, rows, compute, run)
+
+    monkeypatch.setattr(blocks.Streamed, "__init__", init)
+    assert bytes_of(computed(pair, monkeypatch, one(memory=memory))) == expected
+    assert len(walked) == 5
+    assert all(rows % 32 == 0 and 2 * rows * n * 4 <= memory for (_, n), rows in walked)
+
+
+def test_several_cards_share_the_matrices(pair, expected, monkeypatch):
+    cards = [one(Watched()) for _ in range(2)]
+    assert bytes_of(computed(pair, monkeypatch, *cards)) == expected
+    assert all(card.card.lanes[0].given for card in cards), "each had something to do"
+
+
+@pytest.mark.parametrize("often", [1, 100])
+def test_a_card_that_runs_out_of_memory_takes_blocks_and_says_so(often, pair, expected, monkeypatch):
+    """And where they do not fit either, it says what to do."""
+    real, failed = blocks.Moves.room, []
+
+    def failing(self, *shape, dtype):
+        if len(failed) < often:
+            failed.append(shape)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return real(self, *shape, dtype=dtype)
+
+    monkeypatch.setattr(blocks.Moves, "room", failing)
+    if often > 1:
+        with pytest.raises(DeviceError, match=r"in blocks of \d+ rows: .* 2\.00 GiB\. Others .*--gpu-memory.*--resume"):
+            computed(pair, monkeypatch)
+        return
+    finished = computed(pair, monkeypatch)
+    assert bytes_of(finished) == expected
+    (told,) = (notice for event in finished.values() for notice in event.facts.notices)
+    assert "the GPU ran out of memory: the matrix went to it in blocks" in told
+    assert "2.00 GiB" in told
+
+
+def test_gpus_are_named_as_torch_names_them():
+    assert [indices(device, 3) for device in ("cuda", "cuda:2", "cuda:2,0", "cuda:all")] == [
+        [0],
+        [2],
+        [2, 0],
+        [0, 1, 2],
+    ]
 
 
 def test_a_matrix_that_a_card_cannot_take_is_named_before_the_run(tmp_path):
     steps = plan(*write_pair(tmp_path, {"model.a.weight": (2000, 1000), "model.b.weight": (90, 90)})).steps
-    needed = bytes_on_card(2000, 1000, 6, (2, 2))
+    needed = bytes_on_card(2000, 1000, 6, (2, 2), part_rows(2000, 1000))
     assert too_large(steps, "randomized", needed) == ""
     assert too_large(steps, "exact", needed - 1) == "", "which the CPU computes"
     told = too_large(steps, "randomized", needed - 1)
-    assert "model.a.weight (2000, 1000) takes 0.11 GB of GPU memory, expected at most the 0.11 GB" in told
+    assert (
+        "model.a.weight (2000, 1000) takes 0.10 GB of GPU memory in the smallest blocks, expected at most the 0.10 GB"
+        in told
+    )
     assert "--gpu-memory" in told
 
 
@@ -201,7 +288,7 @@ def test_what_is_asked_for_of_a_card_is_used_and_else_a_share_of_what_is_free():
 
 
 def test_memory_that_is_held_is_waited_for_and_given_back():
-    budget = on_card.Budget(10)
+    budget = lending.Budget(10)
     order = []
 
     def wait():
@@ -218,7 +305,7 @@ def test_memory_that_is_held_is_waited_for_and_given_back():
 
 
 def test_waiting_for_memory_ends_when_the_run_is_stopped():
-    budget = on_card.Budget(10)
+    budget = lending.Budget(10)
 
     def stopped(task, count):
         raise Cancelled("stopped on request")
@@ -229,18 +316,6 @@ def test_waiting_for_memory_ends_when_the_run_is_stopped():
         pass
 
 
-class Watched(LateCard):
-    """One whose lanes can be looked at: into, compute, back."""
-
-    def __init__(self):
-        super().__init__()
-        self.lanes = []
-
-    def lane(self):
-        self.lanes.append(super().lane())
-        return self.lanes[-1]
-
-
 def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
     """What was given to the lanes is done before its memory is given back."""
     card = Watched()
@@ -248,22 +323,11 @@ def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
     def failing(*given, **how):
         raise RuntimeError("the kernel failed")
 
-    monkeypatch.setattr("lox_stream.kernels.gpu.delta_rmatmul.delta_rmatmul", failing)
+    monkeypatch.setattr(by_torch, "partial_products", failing)
     with pytest.raises(RuntimeError, match="the kernel failed"):
-        computed(pair, monkeypatch, on_card.OnCard(card, MEMORY))
-    assert [lane.left for lane in card.lanes] == [0, 0, 0]
+        computed(pair, monkeypatch, one(card))
+    assert [lane.left for lane in card.lanes] == [0] * 4
     assert card.closed
-
-
-def test_a_card_that_runs_out_of_memory_says_what_to_do(pair, monkeypatch):
-    def failing(*given, **how):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
-    monkeypatch.setattr("lox_stream.kernels.gpu.delta_matmul.delta_matmul", failing)
-    with pytest.raises(
-        DeviceError, match=r"out of memory at a matrix of .* 2\.00 GiB\. Others .*--gpu-memory.*--resume"
-    ):
-        computed(pair, monkeypatch)
 
 
 def test_what_is_not_finite_is_said_with_its_place(tmp_path, monkeypatch):
@@ -279,19 +343,23 @@ def test_a_difference_of_zero_is_copied(tmp_path, monkeypatch):
     base, aligned = write_pair(tmp_path, {"model.a.weight": (220, 150)})
     shutil.copy(base / "model.safetensors", aligned)
     card = Watched()
-    (event,) = computed((base, aligned), monkeypatch, on_card.OnCard(card, MEMORY)).values()
+    (event,) = computed((base, aligned), monkeypatch, one(card)).values()
     assert event.facts.reason == "identical"
-    assert card.lanes[0].left == 0, "the copies in are done before their memory is given back"
+    assert not any(lane.given for lane in card.lanes), "it was never copied to the card"
     assert bytes(event.target.data) == (base / "model.safetensors").read_bytes()[-220 * 150 * 2 :]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpu_gives_what_the_cpu_gives(tmp_path, dtype):
-    """End to end, matrices that the card takes and some that it does not; twice, for the same bytes."""
+def test_a_gpu_gives_what_the_cpu_gives(tmp_path, dtype, kernels):
+    """End to end, matrices that the card takes and some that it does not; twice, and in blocks, for the same bytes."""
     shapes = {f"model.{m}.{n}.weight": (m, n) for m, n in ((1500, 2000), (2000, 1500), (4096, 512), (64, 64))}
     base, aligned = write_pair(tmp_path, shapes, dtype=dtype)
-    ways = {"cpu": Options(device="cpu"), "first": Options(device="cuda"), "second": Options(device="cuda")}
+    size = (dtype.itemsize, dtype.itemsize)
+    blocks_of = max(bytes_on_card(m, n, 6, size, part_rows(m, n)) for m, n in shapes.values())
+    away = Options(device="cuda", kernels=kernels)
+    ways = {"cpu": Options(), "first": away, "second": away, "blocks": replace(away, gpu_memory_bytes=blocks_of)}
     files = {}
     for name, options in ways.items():
         extrapolate(base, aligned, tmp_path / name, options=options)
@@ -299,6 +367,7 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path, dtype):
     for name, here in files["cpu"].items():
         away = files["first"][name]
         assert torch.equal(away, files["second"][name]), name
+        assert torch.equal(away, files["blocks"][name]), name
         if dtype == torch.float32:
             assert (away - here).norm() < 1e-4 * (here - load_file(aligned / "model.safetensors")[name]).norm(), name
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lox_stream import Options, plan
-from lox_stream.costs import PINNED_BYTES, bytes_on_card
-from lox_stream.errors import OptionError
+from lox_stream.costs import PINNED_BYTES, bytes_on_card, part_rows
+from lox_stream.errors import DeviceError, OptionError
 from lox_stream.predicting import OTHER_S, Machine, parse_machine, predict
 from lox_stream.synthetic import write_pair
 
@@ -101,6 +102,22 @@ def test_what_is_predicted_is_what_arithmetic_gives(pair):
     assert OTHER_S < 1e-8, "small beside the passes above"
 
 
+def test_a_card_that_is_too_small_gets_a_matrix_in_blocks_with_each_pass(pair):
+    machine = Machine(disk=1e6, pcie=1e7, passes=5)
+    large = 2000 * 1000 * 2
+    whole, blocks = (bytes_on_card(2000, 1000, 6, (2, 2), rows) for rows in (0, part_rows(2000, 1000)))
+    for options, assumed in (
+        (Options(device="cuda", gpu_memory_bytes=whole - 1), machine),
+        (Options(device="cuda"), replace(machine, card=(whole - 1) / 0.8)),
+    ):
+        found = predict(plan(*pair, options=options), assumed)
+        assert (found.in_blocks, found.gpu_bytes) == (1, whole - 1)
+        assert found.busy_s["pcie"] == pytest.approx((2 * large + 4 * 2 * large + large) / 1e7)
+    assert predict(plan(*pair, options=Options(device="cuda", gpu_memory_bytes=whole)), machine).in_blocks == 0
+    with pytest.raises(DeviceError, match=r"takes 0.10 GB of GPU memory in the smallest blocks"):
+        predict(plan(*pair, options=Options(device="cuda", gpu_memory_bytes=blocks - 1)), machine)
+
+
 def test_what_is_not_assumed_is_not_predicted(pair):
     assert predict(plan(*pair), Machine()).busy_s == {}
     assert predict(plan(*pair), Machine()).elapsed_s is None
@@ -116,7 +133,7 @@ def test_full_rank_takes_one_pass(pair):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("disc=7GB/s", "expected one of core, cores, disk, gpu, passes, pcie"),
+        ("disc=7GB/s", "expected one of card, core, cores, disk, gpu, passes, pcie"),
         ("disk", "expected one of"),
         ("disk=fast", "a rate such as 7GB/s"),
         ("disk=-1", "a rate such as 7GB/s"),

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import products
 from .launching import Launch
 from .numbers import widened
+from .partial_sums import total
 from .products import PRECISION
 
 TILES = {16: (64, 64, 4), 32: (64, 32, 4), 64: (64, 32, 4)}
@@ -82,13 +83,16 @@ def delta_matmul(
     w0: Tensor,
     x: Tensor,
     *,
+    whole: int | None = None,
     scale: float = 1.0,
     squares: list[Tensor] | None = None,
     precision: str = PRECISION,
 ) -> Tensor:
     """(W1 - W0) * scale @ X: weights (m, n), x (n, l) float32 -> (m, l) float32; scale a power of two.
 
-    `squares`, if given, receives the sum of squares of the scaled difference, a float64 tensor () on the device: it is
-    not finite where a weight is not.
+    `squares`, if given, receives a vector of float64 on the device, the sums of squares of parts of the scaled
+    difference: one is not finite where a weight is not. The weights may be some rows of matrices with `whole` of them,
+    from a multiple of 64 on; these rows of the product have the bits that they have in the whole one.
     """
-    return products.product(launch_of, w1, w0, x, 1, scale=scale, squares=squares, precision=precision)
+    groups = products.parts_of(launch_of, w1, w0, x, whole=whole, scale=scale, squares=squares, precision=precision)
+    return products.joined([total(parts) for parts in groups], 1)

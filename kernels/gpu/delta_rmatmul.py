@@ -24,6 +24,7 @@ from torch import Tensor
 from . import products
 from .launching import Launch
 from .numbers import widened
+from .partial_sums import total
 from .products import PRECISION
 
 TILES = {16: (32, 128, 4), 32: (32, 128, 4), 64: (32, 64, 4)}
@@ -79,17 +80,33 @@ def launch_of(w1: Tensor, w0: Tensor, y: Tensor, **how: Any) -> tuple[Launch, Te
     return products.launch_of(kernel, TILES, w1, w0, y, turned=True, **how)
 
 
-def delta_rmatmul(
+def delta_rmatmul(w1: Tensor, w0: Tensor, y: Tensor, **how: Any) -> Tensor:
+    """(W1 - W0).T * scale @ Y: weights (m, n), y (m, l) float32 -> (n, l) float32; arguments as of `partial_products`.
+
+    The result is a transposed view: its rows are not contiguous.
+    """
+    return total(partial_products(w1, w0, y, **how)).T
+
+
+def partial_products(
     w1: Tensor,
     w0: Tensor,
     y: Tensor,
     *,
+    whole: int | None = None,
     scale: float = 1.0,
     squares: list[Tensor] | None = None,
     precision: str = PRECISION,
 ) -> Tensor:
-    """(W1 - W0).T * scale @ Y: weights (m, n), y (m, l) float32 -> (n, l) float32; scale a power of two.
+    """The terms (parts, l, n) float32 of (W1 - W0).T * scale @ Y, transposed: each of `part_rows` rows; added in order.
 
-    `squares` as in `delta_matmul`. The result is a transposed view: its rows are not contiguous.
+    `squares` as in `delta_matmul`. The weights, and y, may be some rows of matrices with `whole` of them, from a
+    multiple of `part_rows(whole, n)` on: they give the terms of these rows, with the bits that these have in the whole.
     """
-    return products.product(launch_of, w1, w0, y, 0, scale=scale, squares=squares, precision=precision).T
+    groups = products.parts_of(launch_of, w1, w0, y, whole=whole, scale=scale, squares=squares, precision=precision)
+    return products.joined(groups, 1)
+
+
+def part_rows(m: int, n: int) -> int:
+    """Rows of an (m, n) matrix that one term sums over: `products.part_of`."""
+    return products.part_of(m, n, turned=True)

@@ -92,7 +92,7 @@ def lowrank_update(
     first: int = 0,
     unit: float = 1.0,
 ) -> Tensor:
-    """round(W1 + US @ Vh) into `out`: w1 and out (m, n) of one dtype, us (m, k), vh (k, n) float32, k 1 to 256.
+    """round(W1 + US @ Vh) into `out`, which may be w1: (m, n) of one dtype, us (m, k), vh (k, n) float32, k 1 to 256.
 
     Rounds once: to nearest, or stochastically where `key` is given and the dtype is of 16 bits; `first` is the index in
     the tensor of the first element. `unit` is a power of two that brings the update to a size whose squares float32

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from .launching import Arguments, Launch, check_weights, power_of_two_over, tiles_of
-from .partial_sums import total
 
 LANES = 64  # columns of X or Y that one pass over the weights multiplies
 DOT_LANES = 16  # columns that a tensor core multiplies at least
 PROGRAMS = 1024  # that a matrix is cut into where it is large enough: four rounds of two blocks on 132 processors
-FEWEST_TILES = 8  # of one program: below, starting its loads costs more than further programs give
+GRAIN_M, GRAIN_N = 64, 128  # rows and columns in whole numbers of which a loop is cut, whatever the tiles
+FEWEST_GRAINS = 4  # of one program: below, starting its loads costs more than further programs give
 PRECISION = "tf32x3"  # of a product; delta_matmul.py says why
 
 Tiles = Mapping[int, tuple[int, int, int]]  # lanes: rows and columns of a tile of 16-bit weights, warps
 
 
-def splits_of(outer: int, inner: int) -> int:
-    """Into how many parts a loop over `inner` tiles is cut, where `outer` programs run beside it.
+def part_of(m: int, n: int, *, turned: bool) -> int:
+    """Columns of an (m, n) matrix that one program of `delta_matmul` goes through; rows, of `delta_rmatmul` (`turned`).
 
     A function of the shape alone, so that the order of a sum, and with it its bits, are the same on every device.
 
-    >>> splits_of(32, 64), splits_of(2004, 128), splits_of(1, 10)
-    (8, 1, 1)
+    >>> part_of(28672, 8192, turned=False), part_of(28672, 8192, turned=True), part_of(64, 8192, turned=True)
+    (2816, 1792, 64)
     """
-    return max(1, min(tiles_of(PROGRAMS, outer), inner // FEWEST_TILES))
+    programs, grain = (tiles_of(n, GRAIN_N), GRAIN_M) if turned else (tiles_of(m, GRAIN_M), GRAIN_N)
+    grains = tiles_of(m if turned else n, grain)
+    splits = max(1, min(tiles_of(PROGRAMS, programs), grains // FEWEST_GRAINS))
+    return tiles_of(grains, splits) * grain
 
 
 def launch_of(
@@ -39,13 +42,15 @@ def launch_of(
     x: Tensor,
     *,
     turned: bool,
+    whole: int | None = None,
     scale: float = 1.0,
     squares: bool = False,
     precision: str = PRECISION,
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch for x (n, l), or (m, l) where it is `turned`, l up to LANES; its partial sums, and those of squares.
 
-    The partial sums are (splits, m, l), or (splits, l, n) where it is turned.
+    The partial sums are (splits, m, l), or (splits, l, n) where it is turned. The weights may be some rows of matrices
+    with `whole` of them.
     """
     check_weights(w1, w0)
     m, n = w1.shape
@@ -58,9 +63,9 @@ def launch_of(
     (outer, block_outer), (inner, block_inner) = (
         ((n, block_n), (m, block_m)) if turned else ((m, block_m), (n, block_n))
     )
-    bands, steps = tiles_of(outer, block_outer), tiles_of(inner, block_inner)
-    part = tiles_of(steps, splits_of(bands, steps)) * block_inner
-    splits = tiles_of(inner, part)
+    part = part_of(whole or m, n, turned=turned)
+    assert part % block_inner == 0, "a loop is cut between its tiles"
+    bands, splits = tiles_of(outer, block_outer), tiles_of(inner, part)
     shape = (splits, lanes, n) if turned else (splits, m, lanes)
     parts = torch.empty(shape, dtype=torch.float32, device=w1.device)
     sums = torch.empty(splits * bands if squares else 1, dtype=torch.float64, device=w1.device)
@@ -87,27 +92,30 @@ def launch_of(
     return launch, parts, sums
 
 
-def product(
+def parts_of(
     launch_of: Callable[..., tuple[Launch, Tensor, Tensor]],
     w1: Tensor,
     w0: Tensor,
     x: Tensor,
-    along: int,
     *,
-    scale: float,
     squares: list[Tensor] | None,
-    precision: str,
-) -> Tensor:
-    """The product in groups of LANES columns of x, joined `along`; `squares` receives one float64 tensor ()."""
-    products: list[Tensor] = []
+    **how: Any,
+) -> list[Tensor]:
+    """The partial sums for each group of LANES columns of x; `squares` receives a vector of float64 sums."""
+    found: list[Tensor] = []
     for group in x.split(LANES, 1):
-        wanted = squares is not None and not products
-        launch, parts, sums = launch_of(w1, w0, group, scale=scale, squares=wanted, precision=precision)
+        wanted = squares is not None and not found
+        launch, parts, sums = launch_of(w1, w0, group, squares=wanted, **how)
         launch()
-        products.append(total(parts))
+        found.append(parts)
         if squares is not None and wanted:
-            squares.append(sums.sum())
-    return products[0] if len(products) == 1 else torch.cat(products, along)
+            squares.append(sums)
+    return found
+
+
+def joined(groups: list[Tensor], along: int) -> Tensor:
+    """What was computed for groups of columns, side by side."""
+    return groups[0] if len(groups) == 1 else torch.cat(groups, along)
 
 
 def check_float32(x: Tensor, rows: int, device: torch.device) -> None:

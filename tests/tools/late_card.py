@@ -48,22 +48,31 @@ class LateCard:
             return
         _here.pretends = True
         try:
-            with PretendGPU():
+            with PretendGPU() as gpu:
+                gpu.before_work = _catch_up
                 yield
         finally:
             _here.pretends = False
 
 
+def _catch_up() -> None:
+    """What torch does itself in a lane that is entered comes after all that the lane was given before."""
+    lane = getattr(_here, "lane", None)
+    if lane is not None:
+        lane.advance(len(lane.given))
+
+
 class LateLane:
     def __init__(self, card: LateCard) -> None:
         self.card = card
-        self._given: list[Callable[[], object]] = []
+        self.given: list[Callable[[], object]] = []
         self._done = 0
+        self._advancing = False
 
     @property
     def left(self) -> int:
         """Of what was given, how much is not done."""
-        return len(self._given) - self._done
+        return len(self.given) - self._done
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         self._give(lambda: plain(to).copy_(plain(source)))
@@ -77,25 +86,34 @@ class LateLane:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        self.advance(len(self._given))
-        yield
+        before, _here.lane = getattr(_here, "lane", None), self
+        try:
+            yield
+        finally:
+            _here.lane = before
 
     def record(self) -> LateEvent:
         with self.card.working:
-            return LateEvent(self, len(self._given))
+            return LateEvent(self, len(self.given))
 
     def wait_for(self, event: LateEvent) -> None:
         self._give(event.wait)
 
     def _give(self, work: Callable[[], object]) -> None:
         with self.card.working:
-            self._given.append(work)
+            self.given.append(work)
 
     def advance(self, place: int) -> None:
         with self.card.working:
-            while self._done < place:
-                self._done += 1
-                self._given[self._done - 1]()
+            if self._advancing:  # this very thread is in the middle of the work before
+                return
+            self._advancing = True
+            try:
+                while self._done < place:
+                    self._done += 1
+                    self.given[self._done - 1]()
+            finally:
+                self._advancing = False
 
 
 class LateEvent:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 GPU = torch.device("cuda", 0)
 FETCHES = {"cpu", "tolist", "item", "__float__", "__bool__", "__int__"}  # the host waits for these
 MOVES = {"copy_"}  # between host and device
+VIEWS = {"__getitem__", "view", "reshape", "numel", "element_size", "__get__", "T", "size", "dim", "stride"}  # no work
 
 
 class OnGPU(torch.Tensor):
@@ -24,6 +25,7 @@ class PretendGPU(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.fetches = 0
+        self.before_work: Callable[[], None] = lambda: None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -34,6 +36,8 @@ class PretendGPU(TorchFunctionMode):
         on_gpu = any(isinstance(value, OnGPU) for value in tensors)
         if func == torch.Tensor.device.__get__:
             return GPU if on_gpu else func(*args)
+        if on_gpu and name not in VIEWS:
+            self.before_work()
         if on_gpu and name not in MOVES:
             hosts = [value for value in tensors if not isinstance(value, OnGPU) and value.ndim]
             assert not hosts, f"{name} of a tensor on the GPU and one of the host"
