@@ -96,14 +96,14 @@ class Delta:
 class KeptDelta:
     """The same for small weights: the difference is formed once, for that is half of a pass.
 
-    Raises NotFinite when it is made.
+    It lies in `room` (m, n) float32, or in memory of its own. Raises NotFinite when it is made.
     """
 
-    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0) -> None:
+    def __init__(self, w1: Tensor, w0: Tensor, run: Run, *, rms: float = 1.0, room: Tensor | None = None) -> None:
         self.run = run
         self.scale = _scale_for(rms, w1, w0)
         self.turned = w1.shape[0] < w1.shape[1]
-        self.dense = torch.empty(w1.shape, dtype=torch.float32)  # (W1 - W0) * scale
+        self.dense = torch.empty(w1.shape, dtype=torch.float32) if room is None else room  # (W1 - W0) * scale
         self._squares = self._form(w1, w0)
         scale = _better_scale(self._squares, w1, w0, run)
         if scale is not None:
@@ -154,9 +154,11 @@ class KeptDelta:
         return self._squares
 
 
-def operator(w1: Tensor, w0: Tensor, run: Run, *, rms: float) -> Delta | KeptDelta:
-    """The difference of two (m, n) weights: kept where it is small."""
-    return (KeptDelta if kept(*w1.shape) else Delta)(w1, w0, run, rms=rms)
+def operator(w1: Tensor, w0: Tensor, run: Run, *, rms: float, room: Tensor | None = None) -> Delta | KeptDelta:
+    """The difference of two (m, n) weights: kept, in `room`, where it is small."""
+    if kept(*w1.shape):
+        return KeptDelta(w1, w0, run, rms=rms, room=room)
+    return Delta(w1, w0, run, rms=rms)
 
 
 def _scale_for(size: float, w1: Tensor, w0: Tensor) -> float:

@@ -253,8 +253,10 @@ class Space:
         """Let those leave whose spaces are invariant: a last look sees the matrix itself, up to rounding."""
         for i, run in enumerate(runs):
             if which[i]:
-                alone = copy(self)
-                alone._keep([i])
+                alone = self
+                if len(runs) > 1:
+                    alone = copy(self)
+                    alone._keep([i])
                 alone.look([run])
                 run.watch.exhaust()
                 run.factors = alone._factors(0)

@@ -218,6 +218,12 @@ def test_products_in_parts_are_as_accurate_as_their_bits():
     assert errors["tf32x3"] < 3 * errors["float32"] < errors["bf16x3"] < errors["tf32"]
 
 
+def test_the_memory_of_a_small_giant_is_measured():
+    ran = smoke("bench_memory.py")
+    assert ran.returncode == 0, ran.stderr
+    assert {layers: peak > 1 << 20 for layers, peak in last_line(ran.stdout)["peaks"].items()} == {"2": True, "4": True}
+
+
 def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     pytest.importorskip("triton")
     command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--smoke", str(tmp_path)]

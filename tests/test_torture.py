@@ -90,3 +90,12 @@ def test_a_full_disk_is_an_error_before_the_work_and_room_is_enough(pair, refere
         assert weights(disk / "out") == expected
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_memory_does_not_grow_with_the_layers():
+    """Llama-3.1-70B in small, and twice its layers."""
+    program = Path(__file__).parents[1] / "benchmarks" / "bench_memory.py"
+    ran = subprocess.run(
+        [sys.executable, program, "--layers", "40", "160"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
