@@ -4,8 +4,8 @@
     python benchmarks/bench_memory.py                    a minute: 40, 80 (as 70B has) and 160 layers
     python benchmarks/bench_memory.py --smoke            seconds
 
-Anonymous memory, as Linux counts it, seen every 20 ms. Matrices of these sizes are small: they are solved in groups, and
-their differences kept. So this is about what remains of each; a true 70B's peak is that of its largest matrix.
+Anonymous memory, as Linux counts it, seen every 20 ms. Matrices of these sizes are small: they are solved in groups,
+and their differences kept. So this is about what remains of each; a true 70B's peak is that of its largest matrix.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,8 @@ from lox_stream.kernels import on_gpu
 from lox_stream.on_card import Cards, OnCard
 from lox_stream.options import Options, is_gpu
 from lox_stream.planning import Plan, too_large
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def settled(made: Plan) -> Plan:
@@ -76,10 +80,7 @@ def missing(device: str) -> str:
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return f"no usable CUDA GPU: torch {torch.__version__} was built without CUDA"
-        return (
-            f"no usable CUDA GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) finds none; nvidia-smi tells "
-            "if the driver does"
-        )
+        return f"no usable CUDA GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) finds none, {driver()}"
     count = torch.cuda.device_count()
     asked = indices(device, count)
     if max(asked) >= count:
@@ -88,6 +89,15 @@ def missing(device: str) -> str:
     if len(kinds) > 1:
         return f"these GPUs are of several kinds, whose sums differ in the last bits: {', '.join(kinds)}. Name one kind"
     return ""
+
+
+def driver() -> str:
+    """Which driver of NVIDIA runs here, in words."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text())
+    except OSError:
+        return "and no driver of NVIDIA runs here"
+    return f"with NVIDIA's driver {found[1] if found else 'of unknown version'}: nvidia-smi tells more"
 
 
 def without_triton() -> str:

@@ -77,6 +77,21 @@ def test_gpus_that_do_not_go_are_refused(named, told, pair, machine):
         made(pair, device=named)
 
 
+def test_without_a_gpu_torch_and_the_driver_are_named(pair, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "version")
+    with pytest.raises(DeviceError, match=r"\(CUDA 13\.0\) finds none, and no driver of NVIDIA runs here"):
+        made(pair, device="cuda")
+    words = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: gcc 12\n"
+    (tmp_path / "version").write_text(words)
+    with pytest.raises(DeviceError, match=r"driver 570\.86\.15: nvidia-smi"):
+        made(pair, device="cuda")
+    (tmp_path / "version").write_text("something else")
+    with pytest.raises(DeviceError, match="driver of unknown version"):
+        made(pair, device="cuda")
+
+
 def test_gpus_of_one_kind_go_together(pair, machine):
     machine.names = ["H100", "H100"]
     for named in ("cuda:all", "cuda:0,1", "cuda:1,0", "cuda:1"):
