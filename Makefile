@@ -10,7 +10,7 @@ WHEEL := build/wheel
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs torture kernels bench size wheel clean
+.PHONY: help demo test check docs compat torture kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -19,6 +19,9 @@ demo: $(VENV)/ready ## make a small pair of checkpoints, extrapolate it, show wh
 
 test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 	$(BIN)/pytest
+
+compat: .venv-compat/ready ## models of 60 architectures, saved by transformers and diffusers, extrapolated and loaded again
+	.venv-compat/bin/pytest -m compat tests/test_architectures.py
 
 torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
 	$(BIN)/pytest -m torture
@@ -59,7 +62,7 @@ wheel: $(VENV)/ready ## build the wheel, install it elsewhere, run it outside th
 	@rm -rf $(WHEEL)/venv
 
 clean: ## remove what was built, the environments too
-	rm -rf build dist *.egg-info .venv .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv .venv-compat .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -73,6 +76,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VENV)/ready-dev: $(VENV)/ready
 	@echo "make: installing the tools for tests and checks"
 	@$(BIN)/python $(PIP) install -c constraints.txt $$($(BIN)/python -c '$(DEV)')
+	@touch $@
+
+.venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
+	@echo "make: installing transformers and diffusers into .venv-compat"
+	@$(PYTHON) -m venv .venv-compat
+	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
+	  torch transformers diffusers pytest
 	@touch $@
 
 include examples/real_pair/real.mk

@@ -8,12 +8,13 @@ from math import prod
 from typing import Literal
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.kinds import Kind, kind_of, stack_of
 from lox_stream.names import listing, matches, near_misses, pattern_of, printable, unmatched
 from lox_stream.options import Options
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
 from lox_stream.ties import says_tied, tied_names, tied_partner
 
-Reason = Literal["matrix", "vector", "integer", "skipped", "alpha 0", "empty"]
+Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty"]
 _MANY = 12  # problems of one kind beyond this many become one message
 
 
@@ -21,8 +22,7 @@ _MANY = 12  # problems of one kind beyond this many become one message
 class Step:
     """What happens to one tensor of the aligned checkpoint.
 
-    A tensor is a stack of `count` matrices of (m, n): one for two dimensions, c for (c, m, n), and one of
-    (shape[0], all the rest) for four and more.
+    A tensor is a stack of `count` matrices of (m, n), as `kinds.stack_of` has it.
     """
 
     name: str
@@ -47,14 +47,7 @@ def decide(tensor: TensorInfo, options: Options) -> Reason:
         return "empty"
     if tensor.dtype in INTEGERS:
         return "integer"
-    return "matrix" if len(tensor.shape) >= 2 else "vector"
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(count, m, n) of a tensor with two dimensions or more."""
-    if len(shape) == 3:
-        return shape
-    return 1, shape[0], prod(shape[1:])
+    return kind_of(tensor.name, tensor.shape)
 
 
 def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tuple[Step, ...], list[str], list[str]]:
@@ -65,7 +58,7 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     for name, reason in reasons.items():
         tensor, seed_name = aligned.tensors[name], leaders.get(name, name)
         if reason == "matrix":
-            count, m, n = matrix_shape(tensor.shape)
+            count, m, n = stack_of(name, tensor.shape, aligned.config)
             steps.append(Step(name, tensor, pairs[name], "extrapolate", reason, options.rank, count, m, n, seed_name))
         else:
             steps.append(Step(name, tensor, None, "copy", reason, seed_name=seed_name))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lox_stream.checkpoint import DTYPE_BITS, Checkpoint, open_checkpoint
-from lox_stream.matching import Step, glob_problems, match, matrix_shape
+from lox_stream.matching import Step, glob_problems, match
 from lox_stream.options import Options
 from lox_stream.quantisation import quantisation_method, quantised_tensors
 from lox_stream.ties import says_tied, tied_names
@@ -80,16 +80,9 @@ def test_floats_of_two_dimensions_or_more_are_extrapolated_and_all_else_is_copie
 
 
 @pytest.mark.parametrize(
-    ("shape", "stack"),
-    [
-        ((7, 5), (1, 7, 5)),
-        ((2, 7, 5), (2, 7, 5)),
-        ((6, 3, 2, 2), (1, 6, 12)),
-        ((6, 3, 2, 2, 5), (1, 6, 60)),
-    ],
+    ("shape", "stack"), [((7, 5), (1, 7, 5)), ((2, 7, 50), (2, 7, 50)), ((6, 3, 2, 2), (1, 6, 12))]
 )
 def test_more_dimensions_are_stacks_or_one_flat_matrix(opened, shape, stack):
-    assert matrix_shape(shape) == stack
     tensors = {"a": (list(shape), "F32")}
     step = by_name(opened("base", tensors), opened("aligned", tensors), Options(rank=3))["a"]
     assert (step.count, step.m, step.n, step.rank) == (*stack, 3)

@@ -1,0 +1,109 @@
+"""Each architecture of the zoo, saved by its own library, extrapolated, loaded again, and held against an oracle.
+
+The oracle knows modules and no names of tensors: what a loaded model multiplies with is a matrix, by its module's type.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]  # warnings of other libraries are theirs
+transformers = pytest.importorskip("transformers", reason="`make compat` has an environment with it")
+
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+from zoo import ZOO  # noqa: E402
+
+from lox_stream import Options, extrapolate  # noqa: E402
+
+RANK, ALPHA = 2, 1.25
+MATRICES = (nn.Linear, nn.Embedding, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+LOOKUPS = {"position_embeddings", "relative_position_bias_table", "latents"}  # tables that are no module
+UNCHANGED = {"A_log", "scale_shift_table", "mask_token"}
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The same with a little of rank three and noise added to every parameter."""
+    generator = torch.Generator().manual_seed(1)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            rows = parameter.shape[0] if parameter.ndim else 1
+            left = torch.randn(rows, 3, generator=generator)
+            right = torch.randn(3, parameter.numel() // rows, generator=generator)
+            change = left @ right + 0.1 * torch.randn(rows, parameter.numel() // rows, generator=generator)
+            parameter += 0.01 * change.view(parameter.shape)
+    return model
+
+
+def extrapolated(w1: Tensor, w0: Tensor) -> Tensor:
+    """By LAPACK in float64, of matrices or stacks of them."""
+    u, s, vh = torch.linalg.svd(w1.double() - w0.double(), full_matrices=False)
+    k = min(RANK, s.shape[-1])
+    return w1.double() + ALPHA * (u[..., :k] * s[..., None, :k]) @ vh[..., :k, :]
+
+
+def expected(module: nn.Module, name: str, w1: Tensor, w0: Tensor, apart: bool) -> Tensor:
+    """What a parameter of a loaded module has to become."""
+    if w1.ndim < 2 or name in UNCHANGED or name.endswith("bias"):
+        return w1
+    if isinstance(module, CONVOLUTIONS):
+        return w1 if w1.shape[1] == 1 else extrapolated(w1.flatten(1), w0.flatten(1)).view(w1.shape)
+    kind = type(module).__name__
+    if isinstance(module, MATRICES) or name in (*LOOKUPS, "in_proj_weight") or kind.endswith(("Router", "Rglru")):
+        return extrapolated(w1, w0)
+    if w1.ndim == 3 and ("Expert" in kind or "Moe" in kind or "MoE" in kind):
+        if apart and name == "gate_up_proj":  # two tensors of the file, which transformers loads as one
+            halves = [extrapolated(a, b) for a, b in zip(w1.chunk(2, 1), w0.chunk(2, 1), strict=True)]
+            return torch.cat(halves, 1)
+        return extrapolated(w1, w0)
+    if kind == "DbrxExpertGLU":
+        stacks = [weight.view(module.moe_num_experts, -1, weight.shape[1]) for weight in (w1, w0)]
+        return extrapolated(*stacks).reshape(w1.shape)
+    if kind == "ParametrizationList" or kind.startswith("Rwkv") or sum(side > 1 for side in w1.shape) < 2:
+        return w1
+    raise AssertionError(f"the oracle does not know {name} {tuple(w1.shape)} of a {kind}")
+
+
+def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{prefix}.{name}", module, name, parameter.detach()
+
+
+def loaded(kind: type, folder: Path) -> nn.Module:
+    """The model, of which no key may be missing or left over."""
+    if kind.__module__.startswith("diffusers"):
+        model, told = kind.from_pretrained(folder, output_loading_info=True)
+    else:
+        model, told = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(told.values()), told
+    return model.float()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_a_model_multiplies_with_is_extrapolated_and_it_loads_again(name, tmp_path):
+    torch.manual_seed(0)
+    made = ZOO[name]().float()
+    made.save_pretrained(tmp_path / "base")
+    moved(made).save_pretrained(tmp_path / "aligned")
+    summary = extrapolate(*(tmp_path / side for side in ("base", "aligned", "out")), options=Options(RANK, ALPHA))
+    assert summary.totals.extrapolated > 0
+    base, aligned, out = (loaded(type(made), tmp_path / side) for side in ("base", "aligned", "out"))
+    names = json.loads((tmp_path / "out" / "lox_stream.json").read_text())["tensors"]
+    apart = any(".experts.0." in name for name in names)
+    given = zip(parameters(base), parameters(aligned), parameters(out), strict=True)
+    for (_, _, _, w0), (where, module, own, w1), (_, _, _, w) in given:
+        right = expected(module, own, w1, w0, apart)
+        tolerance = 4e-5 * float((right - w1).norm()) + 4 * torch.finfo(torch.float32).eps * float(w1.norm())
+        assert float((w - right).norm()) <= tolerance, f"{where} {tuple(w1.shape)}"
+        assert torch.equal(w, w1) == torch.equal(right, w1.double()), f"{where} is changed, or is not"
+    assert not math.isnan(sum(float(parameter.sum()) for parameter in out.parameters()))
