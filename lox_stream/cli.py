@@ -134,6 +134,26 @@ def commands() -> None:
 )
 @click.option("--seed", default=DEFAULTS.seed, metavar="N", show_default=True, help="Of stochastic rounding.")
 @click.option(
+    "--rename",
+    multiple=True,
+    metavar="PATTERN=NAME",
+    help="Names of base as aligned has them: 'model.*=language_model.model.*'; repeatable.",
+)
+@click.option(
+    "--on-missing",
+    type=click.Choice(["error", "copy"]),
+    default=DEFAULTS.on_missing,
+    show_default=True,
+    help="What to do with a matrix that base lacks.",
+)
+@click.option(
+    "--on-shape-mismatch",
+    type=click.Choice(["error", "copy", "overlap"]),
+    default=DEFAULTS.on_shape_mismatch,
+    show_default=True,
+    help="What to do where shapes differ; overlap: extrapolate the rows that both have (a vocabulary that grew).",
+)
+@click.option(
     "--on-nonfinite",
     type=click.Choice(["error", "copy"]),
     default=DEFAULTS.on_nonfinite,

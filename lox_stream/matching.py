@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from lox_stream.kinds import Kind, kind_of, stack_of
 from lox_stream.names import listing, matches, near_misses, pattern_of, printable, unmatched
 from lox_stream.options import Options
+from lox_stream.pairing import Pairs, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
-from lox_stream.ties import says_tied, tied_names, tied_partner
+from lox_stream.ties import says_tied, tied_names
 
-Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty"]
+Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape"]
 _MANY = 12  # problems of one kind beyond this many become one message
 
 
@@ -22,7 +23,8 @@ _MANY = 12  # problems of one kind beyond this many become one message
 class Step:
     """What happens to one tensor of the aligned checkpoint.
 
-    A tensor is a stack of `count` matrices of (m, n), as `kinds.stack_of` has it.
+    A tensor is a stack of `count` matrices of (m, n), as `kinds.stack_of` has it. What lies behind them (rows of a
+    vocabulary that base has not) is copied.
     """
 
     name: str
@@ -53,47 +55,66 @@ def decide(tensor: TensorInfo, options: Options) -> Reason:
 def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tuple[Step, ...], list[str], list[str]]:
     """Steps in the order of aligned's shards and offsets, all problems, and warnings; complete messages."""
     reasons = {tensor.name: decide(tensor, options) for shard in aligned.shards for tensor in shard.tensors}
-    pairs, leaders = _pairs(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"])
-    steps = []
-    for name, reason in reasons.items():
-        tensor, seed_name = aligned.tensors[name], leaders.get(name, name)
-        if reason == "matrix":
-            count, m, n = stack_of(name, tensor.shape, aligned.config)
-            steps.append(Step(name, tensor, pairs[name], "extrapolate", reason, options.rank, count, m, n, seed_name))
-        else:
-            steps.append(Step(name, tensor, None, "copy", reason, seed_name=seed_name))
-    problems = [*architecture_problems(base, aligned), *_tie_problems(aligned, pairs)]
+    pairs = pair(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"], options.rename)
+    reasons |= _left_alone(aligned, pairs.partners, options)
+    steps = [_step(aligned, name, reason, pairs, options) for name, reason in reasons.items()]
+    problems = [*architecture_problems(base, aligned), *pairs.problems, *_tie_problems(aligned, pairs.partners)]
     if options.alpha != 0:
-        problems += _weight_problems(base, aligned, reasons, pairs)
-    return tuple(steps), problems, _warnings(base, aligned, pairs, options)
+        problems += _weight_problems(base, aligned, reasons, pairs.partners, options)
+    return tuple(steps), problems, [*_warnings(base, aligned, pairs.partners, options), *pairs.warnings]
 
 
-def _pairs(
-    base: Checkpoint, aligned: Checkpoint, names: list[str]
-) -> tuple[dict[str, TensorInfo | None], dict[str, str]]:
-    """The partner in base of each name, and the names of aligned that follow another one they are tied to."""
-    pairs = {name: base.tensors.get(name) or tied_partner(aligned.tensors[name], base) for name in names}
-    leaders = {name: leader for name, leader in tied_names(aligned).items() if name in pairs and leader in pairs}
-    pairs.update({name: pairs[leader] for name, leader in leaders.items()})
-    return pairs, leaders
+def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], options: Options) -> dict[str, Reason]:
+    """Matrices that are copied because base has none, or one of another shape, and the user allowed that."""
+    found: dict[str, Reason] = {}
+    for name, partner in partners.items():
+        if partner is None and options.on_missing == "copy":
+            found[name] = "missing"
+        elif partner is not None and options.on_shape_mismatch == "copy":
+            found |= {} if partner.shape == aligned.tensors[name].shape else {name: "other shape"}
+    return found
+
+
+def _overlap(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two matrices differ in their rows alone, as embeddings do whose vocabulary grew."""
+    return len(shape) == len(other) == 2 and shape[1] == other[1]
+
+
+def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options: Options) -> Step:
+    tensor, partner, seed_name = aligned.tensors[name], pairs.partners.get(name), pairs.leaders.get(name, name)
+    if reason != "matrix":
+        return Step(name, tensor, None, "copy", reason, seed_name=seed_name)
+    count, m, n = stack_of(name, tensor.shape, aligned.config)
+    if partner is not None and partner.shape != tensor.shape and _overlap(tensor.shape, partner.shape):
+        count, m = 1, min(tensor.shape[0], partner.shape[0])
+    return Step(name, tensor, partner, "extrapolate", reason, options.rank, count, m, n, seed_name)
 
 
 def _weight_problems(
-    base: Checkpoint, aligned: Checkpoint, reasons: Mapping[str, Reason], pairs: Mapping[str, TensorInfo | None]
+    base: Checkpoint,
+    aligned: Checkpoint,
+    reasons: Mapping[str, Reason],
+    pairs: Mapping[str, TensorInfo | None],
+    options: Options,
 ) -> list[str]:
     """Quantised, missing, of another shape, of a dtype that cannot be computed with."""
     schemes, base_schemes = quantised_tensors(aligned), quantised_tensors(base)
     used = [name for name, reason in reasons.items() if reason in ("matrix", "integer")]
-    plain = [aligned.tensors[name] for name in pairs if name not in schemes]
+    plain = [aligned.tensors[name] for name in pairs if name not in schemes and reasons[name] == "matrix"]
     missing = [tensor.name for tensor in plain if pairs[tensor.name] is None]
     used_base = dict.fromkeys(partner.name for partner in pairs.values() if partner is not None)
     return [
         *quantisation_problems("aligned", aligned, schemes, used),
         *quantisation_problems("base", base, base_schemes, base_schemes if missing else used_base),
         *_missing_problems(base, missing),
-        *_shape_problems(plain, pairs),
+        *_shape_problems(plain, pairs, options.on_shape_mismatch == "overlap"),
         *_dtype_problems(plain, pairs, base_schemes),
     ]
+
+
+def covered_bytes(step: Step) -> int:
+    """Of an extrapolated tensor's bytes, those of its matrices; what lies behind them is copied."""
+    return step.count * step.m * step.n * DTYPE_BYTES[step.aligned.dtype]
 
 
 def matrix_name(step: Step, index: int) -> str:
@@ -149,22 +170,24 @@ def _missing_problems(base: Checkpoint, names: list[str]) -> list[str]:
     hint = f" (base has {printable(near[0])!r}: are its names built otherwise?)" if near else ""
     return [
         f"{printable(base.root)}: {len(names)} tensors of aligned are missing in base: {listing(names)}{hint}; "
-        f"expected each. Give the model that aligned was fine-tuned from, or copy them unchanged: {globs}"
+        "expected each. Give the model that aligned was fine-tuned from, pair them with --rename, or copy them "
+        f"unchanged: --on-missing copy, or {globs}"
     ]
 
 
-def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None]) -> list[str]:
+def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None], overlap: bool) -> list[str]:
     problems: list[str] = []
     more: list[str] = []
     for tensor in tensors:
         partner = pairs[tensor.name]
-        if partner is None or partner.shape == tensor.shape:
+        if partner is None or partner.shape == tensor.shape or (overlap and _overlap(tensor.shape, partner.shape)):
             continue
         name = printable(tensor.name)
         if len(problems) < _MANY:
             problems.append(
                 f"{name}: aligned is {tensor.shape}, base is {partner.shape}; expected the same shape. "
-                f"Copy it unchanged with --skip '{name}'"
+                f"Copy it unchanged with --skip '{name}', or all such with --on-shape-mismatch copy"
+                + (", or extrapolate the rows that both have: overlap" * _overlap(tensor.shape, partner.shape))
             )
         else:
             more.append(name)

@@ -18,7 +18,7 @@ _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """All that a run may be told. The first eight and on_nonfinite change bytes; the others are free on resume."""
+    """All that a run may be told. Those before `device` change bytes, and it too; the others are free on resume."""
 
     rank: int = 6  # 0: full rank, no SVD; min(m, n) and more: delta itself
     alpha: float = 1.25
@@ -29,6 +29,9 @@ class Options:
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
     on_nonfinite: Literal["error", "copy"] = "error"
+    rename: tuple[str, ...] = ()  # PATTERN=REPLACEMENT: names of base as aligned has them
+    on_missing: Literal["error", "copy"] = "error"  # a matrix that base lacks
+    on_shape_mismatch: Literal["error", "copy", "overlap"] = "error"  # overlap: the rows that both have
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
     threads: int = 0  # 0: all cores
@@ -54,10 +57,13 @@ def check_options(options: Options) -> None:
         *_one_of("--svd", options.svd, ("randomized", "exact")),
         *_one_of("--rounding", options.rounding, ("nearest", "stochastic")),
         *_one_of("--on-nonfinite", options.on_nonfinite, ("error", "copy")),
+        *_one_of("--on-missing", options.on_missing, ("error", "copy")),
+        *_one_of("--on-shape-mismatch", options.on_shape_mismatch, ("error", "copy", "overlap")),
         *_device(options.device),
         *_one_of("--kernels", options.kernels, ("auto", "triton", "torch")),
         *_globs("--skip", options.skip),
         *_globs("--only", options.only),
+        *_renames(options.rename),
     ]
     if problems:
         raise OptionError("\n".join(problems))
@@ -125,3 +131,25 @@ def _globs(option: str, value: object) -> list[str]:
     if "" in value:
         return [f"{option} holds an empty glob, expected a tensor's name or a glob such as '*.mlp.*'"]
     return []
+
+
+def rename_problem(text: str) -> str:
+    """What is wrong with a `PATTERN=REPLACEMENT`, in words; nothing if it can be obeyed.
+
+    >>> rename_problem("model.*=language_model.*")
+    ''
+    """
+    pattern, _, replacement = text.partition("=")
+    if not (pattern and replacement):
+        return "expected PATTERN=REPLACEMENT, such as 'model.*=language_model.model.*'"
+    known, wanted = (len(re.findall("[*?]", side)) for side in (pattern, replacement))
+    if known != wanted:
+        return f"the pattern has {known} wildcards and the replacement {wanted}, expected as many: each stands for one"
+    return ""
+
+
+def _renames(value: object) -> list[str]:
+    problems = _globs("--rename", value)
+    if problems or not isinstance(value, tuple):
+        return problems
+    return [f"--rename {text!r}: {problem}" for text in value if (problem := rename_problem(text))]

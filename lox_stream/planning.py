@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lox_stream import costs
-from lox_stream.checkpoint import Checkpoint, open_checkpoint
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
 from lox_stream.layout import read_json
@@ -98,8 +98,7 @@ def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
         return 0
     if not costs.goes_on_card(step.m, step.n, step.rank, svd):
         return 0
-    elements = step.count * step.m * step.n
-    sizes = step.aligned.n_bytes // elements, step.base.n_bytes // elements
+    sizes = DTYPE_BYTES[step.aligned.dtype], DTYPE_BYTES[step.base.dtype]
     rows = costs.part_rows(step.m, step.n) if blocks else 0
     return costs.bytes_on_card(step.m, step.n, step.rank, sizes, rows)
 

@@ -17,7 +17,7 @@ from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import Run
-from lox_stream.matching import Step
+from lox_stream.matching import Step, covered_bytes
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
 from lox_stream.reader import TORCH_DTYPES, mapped
@@ -54,7 +54,9 @@ def process(
     for step, target, outcome, notices in zip(steps, targets, outcomes, told, strict=True):
         if step.action == "copy" or isinstance(outcome, NotFinite):
             target = place(step) if isinstance(outcome, NotFinite) else target
-            _copy_all(step, target, run)
+            _copy_from(0, step, target, run)
+        elif covered_bytes(step) < step.aligned.n_bytes:
+            _copy_from(covered_bytes(step), step, target, run)
         elapsed_s = (time.perf_counter() - started) / len(steps)
         finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
     return finished
@@ -168,9 +170,10 @@ def _setting(step: Step, options: Options, index: int) -> Setting:
     )
 
 
-def _copy_all(step: Step, target: Target, run: Run) -> None:
+def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
+    """The tensor's bytes from `first` on."""
     with mapped(step.aligned) as data:
-        _copy(data, target, 0, run)
+        _copy(data[first:], target, first, run)
 
 
 def _copy(data: memoryview, target: Target, offset: int, run: Run) -> None:

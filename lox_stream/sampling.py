@@ -97,10 +97,12 @@ def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Op
 
 def _options(folder: Path, said: dict[str, Any]) -> Options:
     """The options of the run, as the manifest has them."""
-    known = {field.name: said.get(field.name) for field in fields(Options)}
-    for name in ("skip", "only"):
+    known = {field.name: said.get(field.name, field.default) for field in fields(Options)}
+    for name in ("skip", "only", "rename"):
         known[name] = tuple(known[name] or ())
     try:
+        if "rank" not in said:
+            raise OptionError("rank is missing")
         options = Options(**known)  # type: ignore[arg-type]
         check_options(options)
     except (TypeError, OptionError) as error:

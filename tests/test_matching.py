@@ -170,11 +170,13 @@ def test_vectors_that_differ_do_not_matter_since_they_are_copied(opened):
 def test_tensors_missing_in_base_are_one_message_with_globs(opened):
     names = [f"model.layers.{i}.mlp.weight" for i in range(40)]
     aligned = opened("aligned", {name: ([2, 2], "F32") for name in names})
-    base = opened("base", {name.removeprefix("model."): ([2, 2], "F32") for name in names})
+    base = opened("base", {name.replace("model.", "net."): ([2, 2], "F32") for name in names})
     (problem,) = problems_of(base, aligned)
     assert "40 tensors of aligned are missing in base" in problem
     assert "model.layers.0.mlp.weight" in problem
-    assert "base has 'layers.*.mlp.weight'" in problem
+    assert "base has 'net.layers.*.mlp.weight'" in problem
+    assert "--rename" in problem
+    assert "--on-missing copy" in problem
     assert "--skip 'model.layers.*.mlp.weight'" in problem
     assert problems_of(base, aligned, Options(skip=("model.layers.*.mlp.weight",))) == []
 

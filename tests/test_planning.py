@@ -31,7 +31,7 @@ def save(path: Path, **tensors: tuple[list[int], str]) -> None:
 def pair(tmp_path):
     """The folders of base and aligned: a matrix, a stack of two, a vector and an integer."""
     for side, dtype in (("base", "F32"), ("aligned", "BF16")):
-        matrices = {"a": ([8, 6], dtype), "stack": ([2, 4, 3], dtype)}
+        matrices = {"a": ([8, 6], dtype), "stack": ([2, 3, 32], dtype)}
         save(tmp_path / side / "model.safetensors", **matrices, v=([3], "F32"), i=([2], "I64"))
         (tmp_path / side / "config.json").write_text('{"architectures": ["X"]}')
     return tmp_path / "base", tmp_path / "aligned"
@@ -67,11 +67,11 @@ def test_the_summary_is_json_and_its_totals_are_the_sums_of_its_steps(pair, tmp_
     totals = summary["totals"]
     assert totals["tensors"] == len(summary["steps"]) == 4
     assert totals["bytes"] == sum(step["bytes"] for step in summary["steps"])
-    assert (totals["extrapolated_tensors"], totals["extrapolated_bytes"]) == (1, 48)
-    assert totals["copied_bytes"] == totals["bytes"] - 48
+    assert (totals["extrapolated_tensors"], totals["extrapolated_bytes"]) == (1, 384)
+    assert totals["copied_bytes"] == totals["bytes"] - 384
     assert summary["options"]["skip"] == ["a"]
     stack = summary["steps"][1]
-    assert (stack["matrices"], stack["shape"], stack["dtype"], stack["base_dtype"]) == (2, [2, 4, 3], "BF16", "F32")
+    assert (stack["matrices"], stack["shape"], stack["dtype"], stack["base_dtype"]) == (2, [2, 3, 32], "BF16", "F32")
 
 
 # What is refused, and as what
@@ -97,7 +97,7 @@ def test_problems_of_one_kind_come_as_that_kind(pair, tmp_path):
 
 
 def test_problems_of_all_kinds_come_at_once(pair, tmp_path):
-    save(pair[0] / "model.safetensors", a=([8, 7], "F32"), stack=([2, 4, 3], "F32"))
+    save(pair[0] / "model.safetensors", a=([8, 7], "F32"), stack=([2, 3, 32], "F32"))
     (pair[0] / "config.json").write_text('{"architectures": ["Y"]}')
     text = raised_by(errors.CheckpointError, *pair, pair[1] / "out", options=Options(only=("nope",), skip=("a", "zip")))
     for words in ("architectures", "'nope'", "'zip'", "lies inside aligned"):
@@ -141,12 +141,12 @@ def test_what_exceeds_the_memory_budget_is_refused_with_the_budget_that_would_do
     monkeypatch.setattr(costs, "step_bytes", lambda m, n, rank, svd: m * n * (100 if svd == "exact" else 1) << 20)
     options = Options(rank=2, svd="exact", memory_bytes=1000 << 20)
     text = raised_by(errors.MemoryBudgetError, *pair, tmp_path / "out", options=options)
-    assert text.startswith("a: needs ")
-    assert "--memory 4800MiB" in text
+    assert text.startswith("stack: needs ")
+    assert "--memory 9600MiB" in text
     assert "1 more" in text
     assert "--svd randomized" in text
-    made = plan(*pair, options=Options(rank=2, memory_bytes=48 << 20))
-    assert [memory_needed(step, made.options) >> 20 for step in made.steps] == [48, 12, 0, 0]
+    made = plan(*pair, options=Options(rank=2, memory_bytes=96 << 20))
+    assert [memory_needed(step, made.options) >> 20 for step in made.steps] == [48, 96, 0, 0]
     assert "--svd" not in raised_by(errors.MemoryBudgetError, *pair, options=Options(rank=2, memory_bytes=1))
 
 

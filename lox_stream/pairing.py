@@ -1,0 +1,110 @@
+"""Which tensor of base a tensor of aligned belongs to: by its name, by `--rename`, across wrappers, by ties."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.names import listing, near_misses, pattern_of, printable
+from lox_stream.ties import tied_names, tied_partner
+
+WRAPPERS = (  # what models that hold another model put before its names
+    *("", "model.", "language_model.", "model.language_model.", "language_model.model."),
+    *("base_model.model.", "base_model.model.model.", "module.", "transformer."),
+)
+_WILDCARD = re.compile(r"[*?]")  # as in --skip; brackets stand for themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The partner in base of each name of aligned that wants one, or None."""
+
+    partners: dict[str, TensorInfo | None]
+    leaders: dict[str, str]  # names of aligned that follow another one which they are tied to
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def pair(base: Checkpoint, aligned: Checkpoint, names: Sequence[str], renames: Sequence[str]) -> Pairs:
+    """Pair the tensors `names` of aligned with those of base; complete messages."""
+    called, problems = renamed(base, renames)
+    partners = {name: called.get(name) for name in names}
+    across = _across_wrappers(aligned, called, [name for name in names if partners[name] is None])
+    partners |= across
+    for name in names:
+        partners[name] = partners[name] or tied_partner(aligned.tensors[name], base)
+    leaders = {name: leader for name, leader in tied_names(aligned).items() if name in partners and leader in partners}
+    partners |= {name: partners[leader] for name, leader in leaders.items()}
+    return Pairs(partners, leaders, tuple(problems), tuple(_told(across)))
+
+
+def renamed(base: Checkpoint, renames: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Base's tensors by the names that they have once the first rename that matches is applied, and problems."""
+    rules = [_rule(text) for text in renames]
+    problems = [
+        f"--rename {text!r} matches no tensor of {printable(base.root)}; expected one at least. {_near(text, base)}"
+        for text, (pattern, _) in zip(renames, rules, strict=True)
+        if not any(pattern.fullmatch(name) for name in base.tensors)
+    ]
+    called: dict[str, TensorInfo] = {}
+    for name, tensor in base.tensors.items():
+        found = ((pattern.fullmatch(name), parts) for pattern, parts in rules)
+        new = next((_filled(parts, match.groups()) for match, parts in found if match is not None), name)
+        if new in called:
+            problems.append(
+                f"--rename gives {printable(called[new].name)} and {printable(name)} of base the same name "
+                f"{printable(new)}; expected different ones. Make the patterns narrower"
+            )
+        called[new] = tensor
+    return called, problems
+
+
+def _rule(text: str) -> tuple[re.Pattern[str], list[str]]:
+    """The pattern with a group for each wildcard, and the replacement's pieces between them."""
+    pattern, _, replacement = text.partition("=")
+    inner = {"*": "(.*)", "?": "(.)"}
+    parts = re.split(r"([*?])", pattern)
+    expression = "".join(inner.get(part) or re.escape(part) for part in parts)
+    return re.compile(expression, re.DOTALL), _WILDCARD.split(replacement)
+
+
+def _filled(pieces: Sequence[str], groups: Sequence[str]) -> str:
+    return "".join(piece + group for piece, group in zip(pieces, (*groups, ""), strict=True))
+
+
+def _near(text: str, base: Checkpoint) -> str:
+    near = near_misses(text.partition("=")[0], base.tensors)
+    return f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+
+
+def _across_wrappers(
+    aligned: Checkpoint, called: Mapping[str, TensorInfo], names: Iterable[str]
+) -> dict[str, TensorInfo | None]:
+    """Partners of the same shape that have the same name but for a wrapper's prefix; only where there is one alone."""
+    found: dict[str, TensorInfo | None] = {}
+    taken = set(aligned.tensors) & set(called)
+    for name in names:
+        rests = {name.removeprefix(prefix) for prefix in WRAPPERS}
+        candidates = {f"{prefix}{rest}" for rest in rests for prefix in WRAPPERS} - taken
+        fitting = [called[one] for one in candidates if one in called]
+        fitting = [one for one in fitting if one.shape == aligned.tensors[name].shape]
+        if len(fitting) == 1:
+            found[name] = fitting[0]
+    partners = [partner.name for partner in found.values() if partner is not None]
+    return {name: one for name, one in found.items() if one is not None and partners.count(one.name) == 1}
+
+
+def _told(across: Mapping[str, TensorInfo | None]) -> list[str]:
+    examples = dict.fromkeys(
+        f"{printable(pattern_of(name))} with {printable(pattern_of(one.name))}"
+        for name, one in across.items()
+        if one is not None
+    )
+    if not examples:
+        return []
+    return [
+        f"{len(across)} tensors are paired with those of base under another prefix: {listing(examples, 2)}. If that is "
+        "wrong, name them with --rename"
+    ]
