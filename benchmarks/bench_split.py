@@ -96,7 +96,7 @@ def measured(law: str, side: int) -> list[tuple[str, ...]]:
         say(f"{law}, {side} x {side}: {name}")
         op = InParts(w1, w0, way)
         error = float((op.matmul(x).double() - exact).norm() / exact.norm())
-        with mock.patch.object(update, "operator", lambda w1, w0, run, rms, op=op: op):
+        with mock.patch.object(update, "operator", lambda *given, op=op, **how: op):
             found = ours(Problem(w1, w0, RANK, ALPHA, 0, in_order), Options().tolerance)
         differing = judge.measure(found)["differing"]
         figures = (f"{error:.1e}", str(found.passes), f"{differing:.2e}", f"{found.predicted_share:.2e}")

@@ -1,28 +1,42 @@
 #!/usr/bin/env bash
 # The first day with a GPU: the figures that results/PENDING.md waits for, in one command of under eight minutes, on a
-# machine with torch and triton that has never seen this program.
+# machine with torch, triton and the other needs of lox-stream that has never seen this program.
 #
-#     benchmarks/gpu_day.sh [FOLDER]      writes FOLDER/gpu.md, gpu.json and tests.txt (default: build/gpu)
-#     benchmarks/gpu_day.sh --smoke       on a CPU, tiny: that the script itself works; its times mean nothing
+#     benchmarks/gpu_day.sh [FOLDER]            writes FOLDER/gpu.md, gpu.json and tests.txt (default: build/gpu)
+#     benchmarks/gpu_day.sh --smoke [FOLDER]    on a CPU, tiny: that the script itself works; its times mean nothing
 #
 # PYTHON names another python3.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-out=build/gpu
+folder=
 smoke=()
 for word in "$@"; do
-  if [ "$word" = --smoke ]; then smoke=(--smoke); else out=$word; fi
+  case $word in
+    --smoke) smoke=(--smoke) ;;
+    -*) echo "gpu_day: $word is no option; expected --smoke or a folder" >&2; exit 2 ;;
+    *) [ -z "$folder" ] || { echo "gpu_day: $folder and $word are given, expected one folder" >&2; exit 2; }; folder=$word ;;
+  esac
 done
-mkdir -p "$out"
+out=$(realpath -m "${folder:-$repository/build/gpu${smoke:+-smoke}}")
+mkdir -p "$out" && : >"$out/tests.txt" || { echo "gpu_day: $out cannot be written" >&2; exit 1; }
+missing=
+for name in torch triton safetensors numpy xxhash yaml click rich pytest hypothesis; do
+  "$python" -P -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$name') is None)" || missing+=" $name"
+done
+if [ -n "$missing" ]; then
+  echo "gpu_day: $python lacks$missing. Install them first (yaml is PyYAML)" >&2
+  exit 1
+fi
+cd "$repository"
 if ! "$python" -P -c 'import lox_stream' 2>/dev/null; then
   echo "gpu_day: installing lox-stream, without its dependencies, into build/here"
   "$python" -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/here .
   export PYTHONPATH="$PWD/build/here${PYTHONPATH:+:$PYTHONPATH}"
 fi
 if [ ${#smoke[@]} = 0 ]; then
-  timeout 300 "$python" -P -m pytest -p no:cacheprovider -q tests/test_gpu_kernels.py tests/test_on_card.py \
-    tests/test_solver_on_gpu.py >"$out/tests.txt" 2>&1 || echo "gpu_day: the tests failed, or took over 300 s: $out/tests.txt"
+  timeout 240 "$python" -P -m pytest -p no:cacheprovider -q tests/test_gpu_kernels.py tests/test_on_card.py \
+    tests/test_solver_on_gpu.py >"$out/tests.txt" 2>&1 || echo "gpu_day: the tests failed, or took over 240 s: $out/tests.txt"
   tail -n 5 "$out/tests.txt"
 fi
 exec "$python" benchmarks/gpu_day.py "${smoke[@]}" --results "$out/gpu.md"

@@ -7,8 +7,8 @@ out of step with each other, as these promises allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -53,8 +53,14 @@ class Card(Protocol):
     def free_bytes(self) -> int:
         """Of the card's memory, that nobody uses."""
 
-    def close(self) -> None:
+    def bound(self, n_bytes: int) -> None:
+        """Take no more of the card's memory than so much from now on, what is kept for later included."""
+
+    def trim(self) -> None:
         """Give back memory that is kept for later."""
+
+    def close(self) -> None:
+        """The same at the end, without a bound any more, and with what CUDA's libraries keep."""
 
     def entered(self) -> AbstractContextManager[object]:
         """Within it, this thread's tensors and kernels are this card's."""
@@ -76,15 +82,18 @@ class CudaLane:
         self.stream = torch.cuda.Stream(device)
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        with self.entered():
             to.copy_(source, non_blocking=True)
 
     def launch(self, work: Callable[[], None]) -> None:
-        with torch.cuda.stream(self.stream):
+        with self.entered():
             work()
 
-    def entered(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self.stream)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        # the device is set first: torch's context of a stream would go back to GPU 0, and set up its memory
+        with torch.cuda.device(self.stream.device), torch.cuda.stream(self.stream):
+            yield
 
     def record(self) -> CudaEvent:
         return CudaEvent(self.stream)
@@ -110,7 +119,17 @@ class CudaCard:
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + kept
 
+    def bound(self, n_bytes: int) -> None:
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        most = torch.cuda.memory_reserved(self.device) + n_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def close(self) -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # else they stay for ever
         torch.cuda.empty_cache()
 
     def entered(self) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_stream.charts import check_file, check_picture, need, picture, terminal_plot
-from lox_stream.errors import DeviceError, OptionError
+from lox_stream.errors import OptionError
 from lox_stream.messages import echo_json, escaped, warn
 from lox_stream.names import printable
 from lox_stream.options import Options, is_gpu
@@ -69,7 +69,7 @@ def carry_out(request: Request) -> int:
     with Interruption(lambda: "stopped"):
         made = plan(request.base, request.aligned, options=Options(device=request.device))
         if is_gpu(request.device):
-            raise DeviceError(
+            raise OptionError(
                 f"--device {request.device}: solvers are compared on the CPU in this release. Leave the option out"
             )
         from lox_stream.comparing import LeftOut, Measured

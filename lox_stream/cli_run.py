@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def carry_out(request: Request) -> int:
         if not request.quiet:
             warn(made.warnings)
         if request.dry_run:
-            _show_plan(request, made, predict(made, machine))
+            _show_plan(request, made, predict(_still_to_do(request, made), machine))
             return 0
         try:
             summary = _execute(request, made, interruption)
@@ -71,6 +71,15 @@ def carry_out(request: Request) -> int:
     code = NOT_CONVERGED if summary.totals.not_converged else 0
     _show_summary(request, made, summary, code)
     return code
+
+
+def _still_to_do(request: Request, made: Plan) -> Plan:
+    """The plan without what an unfinished run has finished, for --resume; ResumeError if that run is another."""
+    from lox_stream.writer import resumable
+
+    state = resumable(made)[0] if request.resume else None
+    finished = state.finished if state is not None else {}
+    return replace(made, steps=tuple(step for step in made.steps if step.name not in finished))
 
 
 def _settled(made: Plan) -> Plan:

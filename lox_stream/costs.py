@@ -12,6 +12,7 @@ CARD_MOST = 0.9  # of it, that may be asked for
 WORKSPACE_BYTES = 64 << 20  # of CUDA's libraries, and partial sums of kernels
 SLOTS, SLOT_BYTES = 4, 16 << 20  # of pinned memory, for each direction over a card
 PINNED_BYTES = 2 * SLOTS * SLOT_BYTES
+EXACT_FLOPS = 2e10  # a second of a float64 SVD, one core of an AMD EPYC (Zen 4) with other work beside it
 MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 
 
@@ -81,6 +82,12 @@ def exact_bytes(m: int, n: int) -> int:
     return 8 * (2 * m * n + (m + n) * short + 8 * short * short)
 
 
+def exact_flops(m: int, n: int) -> float:
+    """Of a full SVD with both thin factors: 6 q p^2 + 20 p^3 for a p-by-q matrix, p <= q (Golub and Van Loan, 8.6)."""
+    p, q = sorted((m, n))
+    return 6.0 * q * p * p + 20.0 * p**3
+
+
 def together(m: int, n: int, rank: int, svd: str, memory_bytes: int) -> int:
     """How many matrices of a shape are solved at once: small ones, whose steps are less work than the calls for them,
     and only where there are steps.
@@ -130,7 +137,8 @@ def part_rows(m: int, n: int) -> int:
     (1792, 8064)
     """
     programs, grains = -(-n // 128), -(-m // 64)
-    return -(-grains // max(1, min(-(-1024 // programs), grains // 4))) * 64
+    splits = max(1, min(max(-(-1024 // programs), 8), grains // 4))
+    return -(-grains // splits) * 64
 
 
 def bytes_on_card(m: int, n: int, rank: int, element_bytes: tuple[int, int], rows: int = 0) -> int:

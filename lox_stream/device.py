@@ -27,10 +27,14 @@ def settled(made: Plan) -> Plan:
     "auto" computes on the CPU in this release. Raises DeviceError for a device that cannot be used, or whose memory is
     too small for a matrix.
     """
-    if torch.get_float32_matmul_precision() != "highest":
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError as problem:  # where torch's two interfaces for it were both used
+        precision = str(problem).splitlines()[0]
+    if precision != "highest":
         raise DeviceError(
-            f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}, expected 'highest': "
-            "float32 products would be rounded further. Call torch.set_float32_matmul_precision('highest') before"
+            f"torch.get_float32_matmul_precision() is {precision!r}, expected 'highest': float32 products would be "
+            "rounded further. Call torch.set_float32_matmul_precision('highest') before"
         )
     options = made.options
     if not is_gpu(options.device):
@@ -40,7 +44,7 @@ def settled(made: Plan) -> Plan:
         raise DeviceError(f"--device {options.device}: {found}. Compute on the CPU with --device cpu")
     if options.kernels == "torch":
         return made
-    broken = without_triton()
+    broken = without_triton(indices(options.device, torch.cuda.device_count())[0])
     if broken and options.kernels == "triton":
         raise DeviceError(f"--kernels triton: {broken}. Compute with those of torch, which are slower: --kernels torch")
     warning = f"the GPU computes with the kernels of torch, which are slower (--kernels torch): {broken}"
@@ -100,14 +104,15 @@ def driver() -> str:
     return f"with NVIDIA's driver {found[1] if found else 'of unknown version'}: nvidia-smi tells more"
 
 
-def without_triton() -> str:
+def without_triton(index: int) -> str:
     """Why the kernels in Triton cannot be used, in words; nothing where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; lox-stream[gpu] has it"
     from lox_stream.kernels.gpu.working import why_not
 
-    broken = why_not()
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    with torch.cuda.device(index):
+        broken = why_not(torch.device("cuda", index))
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return broken and (
         f"Triton {version('triton')} does not work here (torch {torch.__version__}, compute capability {capability}): "
         f"{broken}. It needs a C compiler and Python's headers"

@@ -21,7 +21,8 @@ ELEMENTWISE = (
     *("*.weight_g", "*.weight_v", "*.parametrizations.*.original?"),  # of a weight norm: the weight is their quotient
 )
 CONVOLUTIONS = ("*conv*",)  # of three dimensions, (out, in, width)
-WIDTH = 32  # last dimensions below this are a convolution's as well, whatever its name
+EXPERTS = ("*expert*",)  # never a convolution
+WIDTH = 32  # last dimensions below this are a convolution's, whatever its name
 STACKED = (  # experts in two dimensions, one under the other; where a config tells how many
     (
         ("*.ffn.experts.mlp.w1", "*.ffn.experts.mlp.v1", "*.ffn.experts.mlp.w2"),
@@ -67,7 +68,7 @@ def stack_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tu
 
 def _convolves(name: str, shape: tuple[int, ...]) -> bool:
     if len(shape) == 3:
-        return shape[0] > 1 and (shape[2] < WIDTH or matches(name, CONVOLUTIONS))
+        return shape[0] > 1 and not matches(name, EXPERTS) and (shape[2] < WIDTH or matches(name, CONVOLUTIONS))
     return len(shape) > 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,11 +66,12 @@ class Lanes:
 
 
 class Budget:
-    """So many bytes of the card's memory; whoever asks for more than is left waits."""
+    """So many bytes of the card's memory; whoever asks for more than is left waits, and who comes after waits too."""
 
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = self._left = n_bytes
         self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
 
     @contextmanager
     def held(self, n_bytes: int, run: Run) -> Iterator[None]:
@@ -79,14 +81,30 @@ class Budget:
                 f"a matrix takes {n_bytes} bytes of GPU memory, expected at most the {self.n_bytes} that may be used: "
                 "others took some since the run was planned. Go on with --resume when there is more"
             )
-        with self._changed:
-            while self._left < n_bytes:
-                run(lambda _: None, 1)
-                self._changed.wait(timeout=0.1)
-            self._left -= n_bytes
+        self._take(n_bytes, run)
         try:
             yield
         finally:
             with self._changed:
                 self._left += n_bytes
                 self._changed.notify_all()
+
+    def _take(self, n_bytes: int, run: Run) -> None:
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                while self._waiting[0] is not ticket or self._left < min(n_bytes, self.n_bytes):
+                    run(lambda _: None, 1)
+                    self._changed.wait(timeout=0.1)
+                self._left -= n_bytes
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+
+    def lower(self, n_bytes: int) -> None:
+        """There are only so many from now on."""
+        with self._changed:
+            gone = max(0, self.n_bytes - n_bytes)
+            self.n_bytes -= gone
+            self._left -= gone

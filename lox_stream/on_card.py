@@ -16,7 +16,7 @@ import torch
 from lox_stream.blocks import Blocks, Moves, Resident, Streamed
 from lox_stream.card_delta import DeltaOnCard
 from lox_stream.cards import Card
-from lox_stream.costs import bytes_on_card, goes_on_card
+from lox_stream.costs import CARD_SHARE, bytes_on_card, goes_on_card
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DeviceError
 from lox_stream.facts import MatrixFacts
@@ -26,6 +26,7 @@ from lox_stream.update import Emit, Matrix, Sample, Solved, UpdateAway, begin_aw
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPUTE_LANES = 2
+LIBRARY_BYTES = 32 << 20  # that cuBLAS keeps for a thread in a lane, at most
 
 
 class OnCard:
@@ -50,46 +51,53 @@ class OnCard:
         begun = begin_away(matrix, run)
         if not isinstance(begun, Sample):
             return begun
-        problem = ""
-        if self._bytes(matrix, 0) <= self.budget.n_bytes:
-            try:
-                return self._extrapolate(matrix, begun, 0, self._bytes(matrix, 0), run)
-            except torch.cuda.OutOfMemoryError as error:
-                problem = str(error).splitlines()[0]
-        if problem:
-            self.card.close()
-            matrix.tell(
-                f"the GPU ran out of memory: the matrix went to it in blocks, which takes longer ({problem}) Leave "
-                "room for others who use the GPU with --gpu-memory"
-            )
-        rows = self._block_rows(matrix, fewest=bool(problem))
+        rows = 0 if self._bytes(matrix, 0) <= self.budget.n_bytes else self._block_rows(matrix)
         try:
-            return self._extrapolate(matrix, begun, rows, self._bytes(matrix, rows), run)
-        except torch.cuda.OutOfMemoryError as error:
+            with self.budget.held(self._bytes(matrix, rows), run):
+                return self._extrapolate(matrix, begun, rows, run)
+        except RuntimeError as error:  # torch's own, or one of CUDA's libraries that got none
+            problem = _ran_out(error)
+            if not problem:
+                raise
+        matrix.tell(
+            f"the GPU ran out of memory ({problem}): the matrix went to it alone, in blocks, which takes longer. Leave "
+            "room for others who use the GPU with --gpu-memory"
+        )
+        return self._alone(matrix, begun, run)
+
+    def _alone(self, matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts | NotFinite:
+        """In the smallest blocks, with nothing else of ours on the card; what others took is not asked for again."""
+        rows = self.kernels.part_rows(*matrix.w1.shape)
+        try:
+            with self.budget.held(self.budget.n_bytes, run):
+                self.card.trim()
+                self.budget.lower(int(self.card.free_bytes() * CARD_SHARE))
+                return self._extrapolate(matrix, sample, rows, run)
+        except RuntimeError as error:
+            problem = _ran_out(error)
+            if not problem:
+                raise
             raise DeviceError(
-                f"the GPU ran out of memory at a matrix of {tuple(matrix.w1.shape)}, in blocks of {rows} rows: "
-                f"{str(error).splitlines()[0]} Others may use it too. Use less with --gpu-memory and go on with "
-                "--resume"
+                f"the GPU ran out of memory at a matrix of {tuple(matrix.w1.shape)}, alone and in blocks of {rows} "
+                f"rows: {problem} Others may use it too. Use less with --gpu-memory and go on with --resume"
             ) from error
 
     def _bytes(self, matrix: Matrix, rows: int) -> int:
         m, n = matrix.w1.shape
         return bytes_on_card(m, n, matrix.setting.rank, (matrix.w1.element_size(), matrix.w0.element_size()), rows)
 
-    def _block_rows(self, matrix: Matrix, *, fewest: bool) -> int:
+    def _block_rows(self, matrix: Matrix) -> int:
         """Rows of the largest blocks that fit, or of the smallest that there are."""
         part = self.kernels.part_rows(*matrix.w1.shape)
         rows = part
-        while not fewest and self._bytes(matrix, rows + part) <= self.budget.n_bytes:
+        while self._bytes(matrix, rows + part) <= self.budget.n_bytes:
             rows += part
         return rows
 
-    def _extrapolate(
-        self, matrix: Matrix, sample: Sample, rows: int, n_bytes: int, run: Run
-    ) -> MatrixFacts | NotFinite:
+    def _extrapolate(self, matrix: Matrix, sample: Sample, rows: int, run: Run) -> MatrixFacts | NotFinite:
         """In blocks of so many rows; 0: with the weights on the card."""
         moves, w1, w0 = self._moves, matrix.w1, matrix.w0
-        with self.card.entered(), self.budget.held(n_bytes, run), self._all_done():
+        with self.card.entered(), self._all_done():
             resident = None if rows else Resident(moves, w1, w0, run)
             with self._computing.lent(run) as compute:
                 if resident is not None:
@@ -124,6 +132,13 @@ class OnCard:
             raise
 
 
+def _ran_out(error: RuntimeError) -> str:
+    """What an error says if it is about memory that ended."""
+    text = (str(error).splitlines() or [""])[0]
+    out = isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+    return text.rstrip(".") + "." if out else ""
+
+
 def _from(first: int, emit: Emit) -> Emit:
     """`emit` for a tensor that begins with the matrix's element `first`."""
     return lambda at, tile: emit(first + at, tile)
@@ -139,6 +154,11 @@ class Cards:
 
     def __len__(self) -> int:
         return len(self._cards)
+
+    def bound(self, threads: int) -> None:
+        """Hold torch to the budgets, where so many threads may come in here, whatever it keeps for later."""
+        for card in self._cards:
+            card.card.bound(card.budget.n_bytes + threads * COMPUTE_LANES * LIBRARY_BYTES)
 
     def takes(self, matrix: Matrix) -> bool:
         """Whether a matrix is computed on a card."""

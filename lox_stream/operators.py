@@ -41,8 +41,8 @@ def device_of(op: Operator) -> torch.device:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host where it is needed. Nobody waits: CUDA has set such memory aside when it returns."""
-    return values.to(device, non_blocking=True)
+    """A small tensor of the host where it is needed. This waits for a lane that has nothing to do, after a fetch."""
+    return values.to(device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,15 @@ def is_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
+def gpu_count(device: str) -> int:
+    """How many GPUs a value of `Options.device` names; one for "cuda:all", as long as nobody has counted them.
+
+    >>> gpu_count("cpu"), gpu_count("cuda"), gpu_count("cuda:0,2")
+    (0, 1, 2)
+    """
+    return device.count(",") + 1 if is_gpu(device) else 0
+
+
 def check_options(options: Options) -> None:
     """Raise OptionError that names every option whose value cannot be obeyed."""
     problems = [
@@ -61,6 +70,7 @@ def check_options(options: Options) -> None:
         *_one_of("--on-shape-mismatch", options.on_shape_mismatch, ("error", "copy", "overlap")),
         *_device(options.device),
         *_one_of("--kernels", options.kernels, ("auto", "triton", "torch")),
+        *_for_gpus(options),
         *_globs("--skip", options.skip),
         *_globs("--only", options.only),
         *_renames(options.rename),
@@ -116,11 +126,23 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> list[str]:
 
 
 def _device(value: object) -> list[str]:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(all|\d+(,\d+)*))?", value):
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(all|[0-9]{1,3}(,[0-9]{1,3})*))?", value):
         numbers = value.removeprefix("cuda:").split(",")
         if len(set(map(int, filter(str.isdigit, numbers)))) in (0, len(numbers)):
             return []
     return [f"--device is {value!r}, expected auto, cpu, cuda, cuda:N (the N-th GPU, from 0), cuda:0,1 or cuda:all"]
+
+
+def _for_gpus(options: Options) -> list[str]:
+    """What is said about GPUs where none is asked for."""
+    if not isinstance(options.device, str) or is_gpu(options.device):
+        return []
+    given = {"--kernels": options.kernels != "auto", "--gpu-memory": options.gpu_memory_bytes != 0}
+    return [
+        f"{option} is for --device cuda, and --device is {options.device!r}; expected both or none. Leave {option} out"
+        for option, said in given.items()
+        if said
+    ]
 
 
 def _globs(option: str, value: object) -> list[str]:

@@ -12,6 +12,7 @@ import itertools
 import os
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -91,6 +92,8 @@ def compute(
     cards = cards_of(options)
     count = 0 if cards is None else len(cards)
     threads = max(thread_count(options), count * CARD_THREADS)
+    if cards is not None:
+        cards.bound(threads)
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     jobs = jobs_of(steps, options)
     if not in_order:
@@ -228,6 +231,9 @@ def _work(
             workers.check()
             written = process(these, place, options, workers.run, cards)
         except BaseException as problem:  # raised where the events are read
+            traceback.clear_frames(problem.__traceback__)  # which hold maps, and a GPU's memory
+            if problem.__cause__ is not None:
+                traceback.clear_frames(problem.__cause__.__traceback__)
             events.put(_Failed(problem))
         else:
             finished = [Finished(step, facts, target) for step, (facts, target) in zip(these, written, strict=True)]

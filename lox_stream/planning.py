@@ -14,7 +14,7 @@ from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, Opti
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match
 from lox_stream.names import printable
-from lox_stream.options import Options, check_options
+from lox_stream.options import Options, check_options, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
 
@@ -82,8 +82,11 @@ def plan(
 
 
 def memory_needed(step: Step, options: Options) -> int:
-    """Bytes of our own buffers that a step needs at most, for the matrices that it solves at once; 0 for a copy."""
-    if step.action == "copy":
+    """Bytes of our own buffers that a step needs at most, for the matrices that it solves at once.
+
+    0 for a copy, and for what a GPU computes.
+    """
+    if step.action == "copy" or (is_gpu(options.device) and card_memory_needed(step, options.svd)):
         return 0
     at_once = costs.together(step.m, step.n, options.rank, options.svd, options.memory_bytes)
     return costs.step_bytes(step.m, step.n, options.rank, options.svd) * min(step.count, at_once)
@@ -104,16 +107,18 @@ def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
 
 
 def too_large(steps: Sequence[Step], svd: str, usable_bytes: float) -> str:
-    """The first matrix that a GPU cannot take in so many bytes, in words; nothing if it can take them all."""
-    for step in steps:
-        needed = card_memory_needed(step, svd, blocks=True)
-        if needed > usable_bytes:
-            return (
-                f"{printable(step.name)} {(step.m, step.n)} takes {needed / 1e9:.2f} GB of GPU memory in the smallest "
-                f"blocks, expected at most the {usable_bytes / 1e9:.2f} GB that may be used. Free some, or give it "
-                "more with --gpu-memory"
-            )
-    return ""
+    """The worst matrix that a GPU cannot take in so many bytes, in words; nothing if it can take them all."""
+    needed = {step.name: card_memory_needed(step, svd, blocks=True) for step in steps}
+    over = [step for step in steps if needed[step.name] > usable_bytes]
+    if not over:
+        return ""
+    worst = max(over, key=lambda step: needed[step.name])
+    others = f" (and {len(over) - 1} more tensors exceed it)" if len(over) > 1 else ""
+    return (
+        f"{printable(worst.name)} {(worst.m, worst.n)} takes {needed[worst.name]} bytes of GPU memory in the smallest "
+        f"blocks, expected at most the {usable_bytes:.0f} that may be used{others}. Free some, or give it more: "
+        f"--gpu-memory {-(-needed[worst.name] // (1 << 20))}MiB"
+    )
 
 
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
@@ -204,6 +209,12 @@ def _same_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
 
 def _memory_problems(steps: tuple[Step, ...], options: Options) -> list[str]:
     """One message, about the tensor that needs most, for all that exceed the budget."""
+    pinned = costs.PINNED_BYTES * gpu_count(options.device)
+    if pinned > options.memory_bytes and any(card_memory_needed(step, options.svd) for step in steps):
+        return [
+            f"--device {options.device}: copies to and from it take {pinned} bytes of memory, the budget is "
+            f"{options.memory_bytes}. Allow it with --memory {-(-pinned // (1 << 20))}MiB"
+        ]
     needed = {step.name: memory_needed(step, options) for step in steps}
     over = sorted((name for name in needed if needed[name] > options.memory_bytes), key=lambda name: -needed[name])
     if not over:

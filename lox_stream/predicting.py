@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lox_stream import costs
 from lox_stream.errors import DeviceError, OptionError
 from lox_stream.matching import Step
-from lox_stream.options import is_gpu, parse_size
+from lox_stream.options import gpu_count, is_gpu, parse_size
 from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
@@ -61,6 +61,8 @@ def parse_machine(text: str) -> Machine:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in known or not value:
             raise OptionError(f"--assume {part!r}: expected one of {', '.join(sorted(known))}, such as disk=7GB/s")
+        if name in given:
+            raise OptionError(f"--assume {part!r}: {name} is given twice, expected once. Leave one out")
         given[name] = _number(part, name, value)
     return Machine(**given)
 
@@ -72,9 +74,14 @@ def _number(part: str, name: str, value: str) -> float:
             if not 0 < number < math.inf:
                 raise ValueError
             return number
-        return float(parse_size(value.removesuffix("/s")))
+        size = float(parse_size(value if name == "card" else value.removesuffix("/s")))
+        if size < 1000:  # a unit was forgotten
+            raise ValueError
+        return size
     except (ValueError, OptionError):
-        wanted = "a number over 0" if name in ("cores", "passes") else "a rate such as 7GB/s"
+        wanted = {"cores": "a number over 0", "passes": "a number over 0", "card": "a size such as 24GB"}.get(
+            name, "a rate such as 7GB/s"
+        )
         raise OptionError(f"--assume {part!r}: expected {wanted}") from None
 
 
@@ -87,8 +94,13 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
     here = [step for step in changed if not on_card[step.name]]
     room = plan.options.gpu_memory_bytes or machine.card * costs.CARD_SHARE or math.inf
     problem = too_large(there, plan.options.svd, room)
+    if plan.options.gpu_memory_bytes > costs.CARD_MOST * (machine.card or math.inf):
+        most = int(costs.CARD_MOST * machine.card)
+        problem = f"--gpu-memory is {plan.options.gpu_memory_bytes}, expected at most {most} of card={machine.card:.0f}"
     if problem:
         raise DeviceError(f"--device {plan.options.device}: {problem}")
+    cards, iterated = gpu_count(plan.options.device), _iterated(changed, plan.options.svd)
+    again_read = 4 if plan.options.kernels == "torch" else 1  # times that torch's kernels move what they multiply
     blocks = [step for step in there if on_card[step.name] > room]
     read = sum(step.aligned.n_bytes for step in plan.steps) + sum(map(_base_bytes, changed))
     written = sum(step.aligned.n_bytes for step in plan.steps)
@@ -100,29 +112,45 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
 
     add("disk", machine.disk, lambda: (read + written) / machine.disk)
     if here:
-        add("cores", machine.cores, lambda: sum(_core_s(step, machine) for step in here) / machine.cores)
+        add(
+            "cores",
+            machine.cores,
+            lambda: sum(_core_s(step, machine, plan.options.svd) for step in here) / machine.cores,
+        )
     if there:
         pair, out = sum(map(_pair_bytes, there)), sum(step.aligned.n_bytes for step in there)
         again = sum((machine.passes - 1) * _pair_bytes(step) + step.aligned.n_bytes for step in blocks)
-        add("pcie", machine.pcie, lambda: max(pair + again, out) / machine.pcie)
-        add("gpu", machine.gpu, lambda: (2 * machine.passes * pair + 2 * out) / machine.gpu)
+        add("pcie", machine.pcie, lambda: max(pair + again, out) / machine.pcie / cards)
+        add("gpu", machine.gpu, lambda: (2 * machine.passes * pair + 2 * out) * again_read / machine.gpu / cards)
     return Prediction(
         read_bytes=read,
         written_bytes=written,
-        host_bytes=max((memory_needed(step, plan.options) for step in here), default=0) + away * costs.PINNED_BYTES,
+        host_bytes=max((memory_needed(step, plan.options) for step in here), default=0)
+        + bool(there) * cards * costs.PINNED_BYTES,
         gpu_bytes=int(min(max(on_card.values(), default=0), room)),
         in_blocks=len(blocks),
-        passes=machine.passes,
+        passes=machine.passes if iterated else 0.0,
         busy_s=busy,
         elapsed_s=max(busy.values()) if machine.disk and len(busy) > 1 else None,
     )
 
 
-def _core_s(step: Step, machine: Machine) -> float:
-    """Core seconds of a tensor that is solved by iteration, or only read and written at full rank."""
-    passes = machine.passes if 0 < step.rank < min(step.m, step.n) else 1
-    other = OTHER_SMALL_S if costs.kept(step.m, step.n) else OTHER_S
-    return _pair_bytes(step) * (passes / machine.core + other)
+def _iterated(steps: Iterable[Step], svd: str) -> bool:
+    return svd == "randomized" and any(0 < step.rank < min(step.m, step.n) for step in steps)
+
+
+def _core_s(step: Step, machine: Machine, svd: str) -> float:
+    """Core seconds of a tensor that is solved by iteration, or by a full SVD, or only read and written at full rank.
+
+    Passes with more columns than at rank 6 cost as much more: the products are what takes the time.
+    """
+    m, n, rank = step.m, step.n, step.rank
+    passes = 1.0
+    if _iterated([step], svd):
+        passes = machine.passes * costs.block_width(m, n, rank) / costs.block_width(m, n, min(rank, 6))
+    exact_s = step.count * costs.exact_flops(m, n) / costs.EXACT_FLOPS if svd == "exact" and 0 < rank < min(m, n) else 0
+    other = OTHER_SMALL_S if costs.kept(m, n) else OTHER_S
+    return _pair_bytes(step) * (passes / machine.core + other) + exact_s
 
 
 def _pair_bytes(step: Step) -> int:

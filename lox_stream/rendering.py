@@ -129,8 +129,11 @@ def prediction_table(prediction: Prediction) -> Group:
     ]
     if prediction.gpu_bytes:
         blocks = f"; {prediction.in_blocks} tensors go to it in blocks, in each pass" if prediction.in_blocks else ""
-        rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} for the largest matrix{blocks}"))
-    rows.append(("passes", f"{prediction.passes:g}, each with both products; hard spectra take three times as many"))
+        rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} at most, for the largest matrix{blocks}"))
+    if prediction.passes:
+        rows.append(
+            ("passes", f"{prediction.passes:g}, each with both products; hard spectra take three times as many")
+        )
     rows += [(f"{part} busy", time_text(seconds)) for part, seconds in prediction.busy_s.items()]
     if prediction.elapsed_s is not None:
         rows.append(("time", f"{time_text(prediction.elapsed_s)} at least, for the parts overlap"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from lox_stream.costs import exact_bytes
+from lox_stream.costs import EXACT_FLOPS, exact_bytes, exact_flops
 from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.matching import Step, matrix_name
@@ -20,7 +20,6 @@ from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options
 from lox_stream.planning import Plan, plan
 
-CORE_FLOPS = 2e10  # float64 SVD, one core of an AMD EPYC (Zen 4) with other work beside it
 COPY_BPS = 1e9
 AGAIN = "Run again with --overwrite"
 
@@ -103,7 +102,7 @@ def _options(folder: Path, said: dict[str, Any]) -> Options:
     try:
         if "rank" not in said:
             raise OptionError("rank is missing")
-        options = Options(**known)  # type: ignore[arg-type]
+        options = Options(**known)
         check_options(options)
     except (TypeError, OptionError) as error:
         raise OutputError(f"{folder}: its manifest holds options that mean nothing: {error}. {AGAIN}") from error
@@ -154,15 +153,13 @@ def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:
 
 
 def _flops(unit: Unit) -> float:
-    """Of a full SVD with both thin factors: 6 q p^2 + 20 p^3 for a p-by-q matrix, p <= q (Golub and Van Loan, 8.6)."""
-    p, q = sorted(unit.shape)
-    if unit.copied or not 0 < unit.step.rank < p:
+    if unit.copied or not 0 < unit.step.rank < min(unit.shape):
         return 0.0
-    return 6.0 * q * p * p + 20.0 * p**3
+    return exact_flops(*unit.shape)
 
 
 def _seconds(unit: Unit) -> float:
-    return _flops(unit) / CORE_FLOPS + 3 * unit.n_bytes / COPY_BPS
+    return _flops(unit) / EXACT_FLOPS + 3 * unit.n_bytes / COPY_BPS
 
 
 def _unit_bytes(unit: Unit) -> int:

@@ -120,8 +120,12 @@ class Workers:
         with self._changed:
             self._groups.remove(group)
             self._changed.wait_for(lambda: group.running == 0)
-        if group.error is not None:
-            raise group.error
+        error, group.error = group.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it holds this frame, and would be held by it
 
     def _advance(self, group: _Group) -> bool:
         """Do the group's next task; False if there is none left or one of them failed."""

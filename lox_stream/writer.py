@@ -26,6 +26,22 @@ from lox_stream.planning import Plan, output_names
 AGAIN = "Choose another --out, or run the same command again."
 
 
+def resumable(plan: Plan) -> tuple[Replay | None, list[str]]:
+    """What the journal in the output folder says, or None, and warnings; ResumeError if it is of another run."""
+    assert plan.out is not None, "a plan that writes has a folder"
+    state = replay(plan.out)
+    if state is None:
+        return None, []
+    refused, warned = differences(state.header, identity(plan))
+    if refused:
+        lines = "".join(f"\n  {line}" for line in refused)
+        raise ResumeError(
+            f"{plan.out}: cannot be resumed, this is another run:{lines}\n"
+            "Give the inputs and options it began with, or start again with --overwrite"
+        )
+    return state, warned
+
+
 class Output:
     """The folder that a run writes, from the lock to the publication: a context manager.
 
@@ -82,18 +98,11 @@ class Output:
 
     def _before(self) -> Replay:
         """What this run builds on: the journal when resuming, or nothing."""
+        state, warned = resumable(self.plan) if self._resume else (None, [])
         new = identity(self.plan)
-        state = replay(self.folder) if self._resume else None
         if state is None:
             self._check_fresh()
             return Replay(new, (), {})
-        refused, warned = differences(state.header, new)
-        if refused:
-            lines = "".join(f"\n  {line}" for line in refused)
-            raise ResumeError(
-                f"{self.folder}: cannot be resumed, this is another run:{lines}\n"
-                "Give the inputs and options it began with, or start again with --overwrite"
-            )
         self.warnings += warned
         lost = [shard for shard in self.plan.aligned.shards if not self._kept(shard, state.finished)]
         gone = {tensor.name for shard in lost for tensor in shard.tensors}

@@ -135,11 +135,12 @@ def law_a_long_loop_is_split(k: SimpleNamespace) -> None:
 
 
 def law_rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole(k: SimpleNamespace) -> None:
-    programs, k.products.PROGRAMS = k.products.PROGRAMS, 4  # as if the matrix were so large that there are enough
+    before = k.products.PROGRAMS, k.products.FEWEST_SPLITS
+    k.products.PROGRAMS, k.products.FEWEST_SPLITS = 4, 2  # as if the matrix were so large that these are enough
     try:
         judge_rows(k, 1100, 150)
     finally:
-        k.products.PROGRAMS = programs
+        k.products.PROGRAMS, k.products.FEWEST_SPLITS = before
 
 
 def judge_rows(k: SimpleNamespace, m: int, n: int) -> None:

@@ -11,6 +11,7 @@ MATRICES = [  # name, shape, config, (count, m, n)
     ("model.layers.0.self_attn.q_proj.weight", (4096, 4096), {}, (1, 4096, 4096)),
     ("score.weight", (1, 4096), {}, (1, 1, 4096)),
     ("model.layers.3.block_sparse_moe.input_linear.weight", (32, 1024, 1536), {}, (32, 1024, 1536)),
+    ("experts.small", (4, 40, 30), {}, (4, 40, 30)),
     ("model.layers.3.mlp.experts.gate_up_proj", (32, 2880, 5760), {}, (32, 2880, 5760)),
     ("transformer.blocks.0.ffn.experts.mlp.v1", (16 * 10752, 6144), DBRX, (16, 10752, 6144)),
     ("transformer.blocks.0.ffn.experts.mlp.w2", (16 * 10752, 6144), DBRX, (16, 10752, 6144)),

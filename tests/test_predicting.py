@@ -12,7 +12,7 @@ import pytest
 
 from lox_stream import Options, plan
 from lox_stream.costs import PINNED_BYTES, bytes_on_card, part_rows
-from lox_stream.errors import DeviceError, OptionError
+from lox_stream.errors import DeviceError, MemoryBudgetError, OptionError
 from lox_stream.predicting import OTHER_S, Machine, parse_machine, predict
 from lox_stream.synthetic import write_pair
 
@@ -114,8 +114,51 @@ def test_a_card_that_is_too_small_gets_a_matrix_in_blocks_with_each_pass(pair):
         assert (found.in_blocks, found.gpu_bytes) == (1, whole - 1)
         assert found.busy_s["pcie"] == pytest.approx((2 * large + 4 * 2 * large + large) / 1e7)
     assert predict(plan(*pair, options=Options(device="cuda", gpu_memory_bytes=whole)), machine).in_blocks == 0
-    with pytest.raises(DeviceError, match=r"takes 0.10 GB of GPU memory in the smallest blocks"):
+    with pytest.raises(
+        DeviceError,
+        match=rf"takes {blocks} bytes of GPU memory in the smallest blocks, expected at most the {blocks - 1} ",
+    ):
         predict(plan(*pair, options=Options(device="cuda", gpu_memory_bytes=blocks - 1)), machine)
+
+
+def test_several_gpus_share_the_work_and_torch_moves_more(pair):
+    machine = Machine(disk=1e6, pcie=1e7, gpu=1e8, passes=5)
+
+    def busy(**options):
+        found = predict(plan(*pair, options=Options(**options)), machine)
+        return found.busy_s["pcie"], found.busy_s["gpu"], found.host_bytes
+
+    one, two, torch = busy(device="cuda"), busy(device="cuda:0,1"), busy(device="cuda", kernels="torch")
+    assert two[:2] == (one[0] / 2, one[1] / 2)
+    assert two[2] - one[2] == PINNED_BYTES
+    assert torch[:2] == (one[0], 4 * one[1])
+
+
+def test_a_full_svd_and_wide_blocks_take_longer(pair):
+    def seconds(**options):
+        return predict(plan(*pair, options=Options(**options)), Machine(cores=1)).busy_s["cores"]
+
+    usual = seconds()
+    assert seconds(svd="exact") > 20 * usual
+    assert seconds(rank=64) > 2 * usual
+    assert seconds(rank=0) < usual / 2
+
+
+def test_passes_are_told_where_there_are_any(pair):
+    for options in ({"rank": 0}, {"alpha": 0.0}, {"svd": "exact"}):
+        found = predict(plan(*pair, options=Options(device="cuda", **options)), Machine())
+        assert (found.passes, found.host_bytes < PINNED_BYTES or options == {"svd": "exact"}) == (0.0, True)
+
+
+def test_more_gpu_memory_than_the_card_has_is_refused(pair):
+    with pytest.raises(DeviceError, match="--gpu-memory is 2000000000, expected at most 900000000 of card=1000000000"):
+        predict(plan(*pair, options=Options(device="cuda", gpu_memory_bytes=2 * 10**9)), Machine(card=1e9))
+
+
+def test_the_slots_of_the_cards_have_to_fit_the_budget(pair):
+    with pytest.raises(MemoryBudgetError, match=r"cuda:0,1: .* take 268435456 bytes .*--memory 256MiB"):
+        plan(*pair, options=Options(device="cuda:0,1", memory_bytes=255 << 20))
+    plan(*pair, options=Options(device="cuda:0,1", memory_bytes=256 << 20))
 
 
 def test_what_is_not_assumed_is_not_predicted(pair):
@@ -138,6 +181,10 @@ def test_full_rank_takes_one_pass(pair):
         ("disk=fast", "a rate such as 7GB/s"),
         ("disk=-1", "a rate such as 7GB/s"),
         ("cores=0", "a number over 0"),
+        ("disk=7", "a rate such as 7GB/s"),
+        ("card=24", "a size such as 24GB"),
+        ("card=24GB/s", "a size such as 24GB"),
+        ("disk=1GB/s,disk=2GB/s", "disk is given twice"),
         ("passes=nan", "a number over 0"),
     ],
 )

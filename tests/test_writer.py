@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from lox_stream import committer, files
 from lox_stream.checkpoint import open_checkpoint
+from lox_stream.cli import commands
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
@@ -385,6 +387,19 @@ def test_a_run_does_not_go_on_where_other_sums_are_taken(pair: Plan) -> None:
     start(pair, "a")
     with pytest.raises(ResumeError, match="--device is 'cuda', the run began with 'cpu'"):
         run(plan_of(pair.out.parent, options=Options(device="cuda:1")), resume=True)
+
+
+def test_a_dry_run_of_a_resume_predicts_what_is_left_and_refuses_what_a_resume_would(pair: Plan) -> None:
+    start(pair, "a")
+    before = content(pair.out)
+    paths = [f"--{side}={pair.out.parent / side}" for side in ("base", "aligned", "out")]
+    given = ["run", *paths, "--resume", "--dry-run", "--json"]
+    found = json.loads(CliRunner().invoke(commands, given).stdout)["prediction"]
+    assert found["written_bytes"] == sum(t.n_bytes for t in pair.aligned.tensors.values() if t.name != "a")
+    refused = CliRunner().invoke(commands, [*given, "--rank", "9"])
+    assert refused.exit_code == 1
+    assert "--rank is 9, the run began with 6" in refused.stderr
+    assert content(pair.out) == before
 
 
 def test_other_inputs_are_refused_and_a_changed_time_only_warns(pair: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 Arguments = Mapping[str, Tensor | int | float]
+
+_launching = threading.Lock()  # Triton compiles and loads a kernel at its first launch, and not for two threads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class Launch:
     num_stages: int
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self._given())
+        with _launching:
+            self.kernel[self.grid](**self._given())
 
     def compiled(self) -> Any:
         """Triton's compiled kernel for the active driver's device, not launched; the tensors may be on `meta`."""

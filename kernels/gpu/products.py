@@ -14,6 +14,7 @@ LANES = 64  # columns of X or Y that one pass over the weights multiplies
 DOT_LANES = 16  # columns that a tensor core multiplies at least
 PROGRAMS = 1024  # that a matrix is cut into where it is large enough: four rounds of two blocks on 132 processors
 GRAIN_M, GRAIN_N = 64, 128  # rows and columns in whole numbers of which a loop is cut, whatever the tiles
+FEWEST_SPLITS = 8  # of the rows, where there are enough: so a matrix can go through in blocks of a few of these
 FEWEST_GRAINS = 4  # of one program: below, starting its loads costs more than further programs give
 PRECISION = "tf32x3"  # of a product; delta_matmul.py says why
 
@@ -30,7 +31,8 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
     """
     programs, grain = (tiles_of(n, GRAIN_N), GRAIN_M) if turned else (tiles_of(m, GRAIN_M), GRAIN_N)
     grains = tiles_of(m if turned else n, grain)
-    splits = max(1, min(tiles_of(PROGRAMS, programs), grains // FEWEST_GRAINS))
+    wanted = max(tiles_of(PROGRAMS, programs), FEWEST_SPLITS if turned else 1)
+    splits = max(1, min(wanted, grains // FEWEST_GRAINS))
     return tiles_of(grains, splits) * grain
 
 

@@ -38,6 +38,12 @@ class LateCard:
     def free_bytes(self) -> int:
         return 1 << 30
 
+    def bound(self, n_bytes: int) -> None:
+        self.bound_bytes = n_bytes
+
+    def trim(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 
