@@ -25,6 +25,7 @@ from .numbers import widened
 from .partial_sums import total
 from .products import PRECISION
 
+# rows, columns, warps; not swept on a GPU yet, which `benchmarks/gpu_day.sh` does
 TILES = {16: (64, 64, 4), 32: (64, 32, 4), 64: (64, 32, 4)}
 
 

@@ -27,6 +27,7 @@ from .numbers import widened
 from .partial_sums import total
 from .products import PRECISION
 
+# rows, columns, warps; not swept on a GPU yet, which `benchmarks/gpu_day.sh` does
 TILES = {16: (32, 128, 4), 32: (32, 128, 4), 64: (32, 64, 4)}
 
 
