@@ -11,6 +11,7 @@ from lox_stream.errors import CheckpointError
 from lox_stream.layout import Layout, choose_layout, read_json
 from lox_stream.names import listing, printable
 from lox_stream.shards import DTYPE_BITS, DTYPE_BYTES, Shard, TensorInfo, read_shard
+from lox_stream.torch_files import is_torch_file, read_torch_file
 
 __all__ = ["DTYPE_BITS", "DTYPE_BYTES", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
@@ -45,7 +46,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = _config(layout, problems)
     companions: tuple[Path, ...] = ()
     if layout.is_folder:
-        own = {*layout.shard_names, *((layout.index_name,) if layout.index_name else ())}
+        own = {*layout.shard_names, *((layout.read_from,) if layout.read_from else ())}
         found = find_companions(layout.folder, own)
         companions = found.files
         warnings += companion_warnings(layout.folder, found)
@@ -65,7 +66,8 @@ def _read_shards(layout: Layout, problems: list[str]) -> tuple[Shard, ...]:
     shards = []
     for name in layout.shard_names:
         try:
-            shards.append(read_shard(layout.folder / name, name))
+            read = read_torch_file if is_torch_file(name) else read_shard
+            shards.append(read(layout.folder / name, name))
         except CheckpointError as error:
             problems += error.problems
     return tuple(shards)

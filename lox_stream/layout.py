@@ -12,10 +12,13 @@ from lox_stream.companions import OWN_FILES
 from lox_stream.errors import CheckpointError
 from lox_stream.names import is_plain_relative, listing, printable
 from lox_stream.shards import disguise, parse_json, unreadable
+from lox_stream.torch_files import INDEX_SUFFIX as INDEX_OF_TORCH
+from lox_stream.torch_files import safetensors_name
 
 JOURNAL = OWN_FILES[1]
 INDEX_SUFFIX = ".safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")  # in this order, as transformers and diffusers look
+TORCH_FILE = "pytorch_model.bin"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 
 
@@ -26,8 +29,9 @@ class Layout:
     folder: Path
     is_folder: bool  # False: the user named one file
     shard_names: tuple[str, ...]  # relative to the folder, sorted
-    index_name: str | None = None
-    index: dict[str, Any] | None = None
+    index_name: str | None = None  # of the output's
+    index: dict[str, Any] | None = None  # with the names that shards have in the output
+    read_from: str | None = None  # the file that the index was read from
     warnings: tuple[str, ...] = ()
 
 
@@ -88,6 +92,10 @@ def _folder_layout(folder: Path, names: list[str]) -> Layout:
             return _single_layout(folder, single, index_name if index_name in indexes else None)
         if index_name in indexes:
             return _index_layout(folder, index_name, weights)
+    if not weights and not indexes:
+        found = _torch_layout(folder, names)
+        if found is not None:
+            return found
     if len(indexes) == 1:
         return _index_layout(folder, indexes[0], weights)
     if not indexes and len(weights) == 1:
@@ -111,9 +119,23 @@ def _single_layout(folder: Path, name: str, index_name: str | None) -> Layout:
     index = read_json(folder / index_name)
     weight_map = index.get("weight_map")
     if isinstance(weight_map, dict) and weight_map and all(shard == name for shard in weight_map.values()):
-        return Layout(folder, True, (name,), index_name, index)
+        return Layout(folder, True, (name,), index_name, index, index_name)
     warning = f"holds {name} and {index_name}; {name} is used, as transformers does, and the index is not"
     return Layout(folder, True, (name,), warnings=(f"{printable(folder)}: {warning}",))
+
+
+def _torch_layout(folder: Path, names: list[str]) -> Layout | None:
+    """As transformers looks where there is nothing better: one file of torch, or an index of several."""
+    if TORCH_FILE in names:
+        return Layout(folder, True, (TORCH_FILE,))
+    index_name = "pytorch_model" + INDEX_OF_TORCH
+    if index_name not in names:
+        return None
+    found = _index_layout(folder, index_name, [])
+    assert found.index is not None, "it was read"
+    weight_map = {name: safetensors_name(shard) for name, shard in found.index["weight_map"].items()}
+    index = found.index | {"weight_map": weight_map}
+    return Layout(folder, True, found.shard_names, safetensors_name(index_name), index, index_name)
 
 
 def _index_layout(folder: Path, index_name: str, weights: list[str]) -> Layout:
@@ -136,7 +158,7 @@ def _index_layout(folder: Path, index_name: str, weights: list[str]) -> Layout:
         raise CheckpointError(problems)
     families = {family for name in named if (family := _numbered_family(name))}
     unnamed = [name for name in weights if name not in named and _numbered_family(name) in families]  # no tensor in it
-    return Layout(folder, True, tuple(sorted([*named, *unnamed])), index_name, index)
+    return Layout(folder, True, tuple(sorted([*named, *unnamed])), index_name, index, index_name)
 
 
 def _shard_name_problem(path: Path, name: str) -> str | None:
@@ -145,10 +167,9 @@ def _shard_name_problem(path: Path, name: str) -> str | None:
             f"{printable(path)}: names the shard {printable(name)!r}, which leads outside of the folder or is no plain "
             "name; expected such as model-00001-of-00002.safetensors. Do not trust this checkpoint before you know why"
         )
-    if not name.endswith(".safetensors"):
-        return (
-            f"{printable(path)}: names the shard {printable(name)!r}, expected *.safetensors. Convert the model first"
-        )
+    ending = ".bin" if path.name.endswith(INDEX_OF_TORCH) else ".safetensors"
+    if not name.endswith(ending):
+        return f"{printable(path)}: names the shard {printable(name)!r}, expected *{ending}. Convert the model first"
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lox_stream.checkpoint import Checkpoint
 from lox_stream.companions import OWN_FILES
 from lox_stream.names import listing, printable
+from lox_stream.shards import written_bytes
 
 MANIFEST, JOURNAL = OWN_FILES
 MODEL_CARD, PARTIAL = "README.md", ".partial"  # a file is NAME.partial until it is whole
@@ -188,7 +189,7 @@ def _space_problems(out: Path, aligned: Checkpoint, *, resume: bool) -> list[str
             f"{shown}: no space: expected {needed} bytes free on the file system of {printable(parent)}, "
             f"found {usage.free} ({needed - usage.free} too few). Free some, or choose another --out"
         )
-    limit, largest = _file_size_limit(), max((shard.size_bytes for shard in aligned.shards), default=0)
+    limit, largest = _file_size_limit(), max((written_bytes(shard) for shard in aligned.shards), default=0)
     if limit is not None and largest > limit:
         problems.append(
             f"{shown}: a file of {largest} bytes is needed, but this process may write {limit} at most. "
@@ -203,7 +204,7 @@ def _needed_bytes(out: Path, aligned: Checkpoint, *, resume: bool) -> int:
     for shard in aligned.shards:
         there = [out / (shard.name + PARTIAL), *([out / shard.name] if resume else [])]
         allocated = next((path.stat().st_blocks * 512 for path in there if path.is_file()), 0)
-        needed += max(0, shard.size_bytes - allocated)
+        needed += max(0, written_bytes(shard) - allocated)
     for relative in aligned.companions:
         path = aligned.folder / relative
         needed += path.stat().st_size if path.exists() else 0

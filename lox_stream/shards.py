@@ -47,19 +47,21 @@ class TensorInfo:
     path: Path  # the real file, links resolved
     start: int  # offset of its first byte in the file, header included
     n_bytes: int
+    place: int | None = None  # that offset in the safetensors file which is written; None: the same
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file as found on disk."""
+    """One safetensors file as found on disk, or one of torch (`torch_files`) that is written as safetensors."""
 
-    name: str  # as the index spells it: "model-00001-of-00002.safetensors"
+    name: str  # as the index spells it: "model-00001-of-00002.safetensors"; that of the output
     path: Path  # the real file, links resolved
     size_bytes: int
     mtime_ns: int
-    header: bytes  # the 8-byte length and the JSON, as in the file
+    header: bytes  # the 8-byte length and the JSON, as in the file that is written
     header_hash: str  # xxh3_128 of `header`, hexadecimal
     tensors: tuple[TensorInfo, ...]  # by offset
+    written_bytes: int | None = None  # size of the safetensors file which is written; None: the same
 
 
 def read_shard(path: Path, name: str | None = None) -> Shard:
@@ -80,6 +82,11 @@ def read_shard(path: Path, name: str | None = None) -> Shard:
     _ask_safetensors(path, real)
     digest = xxhash.xxh3_128_hexdigest(header)
     return Shard(name or path.name, real, status.st_size, status.st_mtime_ns, header, digest, tensors)
+
+
+def written_bytes(shard: Shard) -> int:
+    """Size of the file that is written for a shard."""
+    return shard.size_bytes if shard.written_bytes is None else shard.written_bytes
 
 
 def parse_json(data: bytes) -> tuple[Any, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import GO_ON, Place
 from lox_stream.planning import Plan, output_names
+from lox_stream.shards import written_bytes
 
 AGAIN = "Choose another --out, or run the same command again."
 
@@ -114,7 +115,7 @@ class Output:
         final = self.folder / shard.name
         whole = all(tensor.name in finished for tensor in shard.tensors)
         path = final if whole and not files.partial(final).exists() else files.partial(final)
-        if not path.is_file() or path.stat().st_size != shard.size_bytes:
+        if not path.is_file() or path.stat().st_size != written_bytes(shard):
             return False
         with path.open("rb") as file:
             same = file.read(len(shard.header)) == shard.header
@@ -161,17 +162,22 @@ class Output:
         files.make_folder(path.parent)
         if not path.exists():
             undo.callback(path.unlink, missing_ok=True)
-        with files.explained(path, f"reserve {shard.size_bytes:,} bytes", AGAIN):
+        with files.explained(path, f"reserve {written_bytes(shard):,} bytes", AGAIN):
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, fd)
-            files.reserve(fd, shard.size_bytes)
+            files.reserve(fd, written_bytes(shard))
             files.write_at(fd, memoryview(shard.header), 0)
         self._fds[shard.name] = fd
 
     def place(self, name: str) -> Place:
         """Where the bytes of an unfinished tensor go."""
         shard, tensor = self._shard_of[name], self.plan.aligned.tensors[name]
-        return Place(self._fds[shard.name], files.partial(self.folder / shard.name), tensor.start, tensor.n_bytes)
+        return Place(
+            self._fds[shard.name],
+            files.partial(self.folder / shard.name),
+            tensor.start if tensor.place is None else tensor.place,
+            tensor.n_bytes,
+        )
 
     def done(self, facts: TensorFacts) -> None:
         """Hand in a tensor all of whose bytes were written. Raises OutputError if an earlier one was not synced."""

@@ -277,9 +277,9 @@ def test_a_link_to_nowhere_says_where_it_leads(tmp_path):
 
 
 def test_weights_of_other_formats_are_named_with_the_way_out(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "model.gguf").write_bytes(b"x")
     problem = the_problem(tmp_path)
-    assert "pytorch_model.bin" in problem
+    assert "model.gguf" in problem
     assert "Convert" in problem
 
 

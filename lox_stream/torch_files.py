@@ -1,0 +1,205 @@
+"""One file of `torch.save` as safetensors would have it: tensors as byte ranges. No torch, and no code of it is run.
+
+Such a file is a zip archive that holds each storage as it is in memory, and a pickle that says which tensor is which
+part of which storage. A pickle is a program; here it may make ordered dictionaries and tensors, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from lox_stream.errors import CheckpointError
+from lox_stream.names import listing, printable
+from lox_stream.shards import DTYPE_BYTES, Shard, TensorInfo, disguise, unreadable
+
+INDEX_SUFFIX = ".bin.index.json"
+MAX_PICKLE_BYTES = 100_000_000
+CONVERT = "Load it with torch yourself if you trust its source, and save it as safetensors"
+DTYPES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    first: int  # element of the storage
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def safetensors_name(name: str) -> str:
+    """What the output calls a file.
+
+    >>> safetensors_name("pytorch_model-00001-of-00002.bin"), safetensors_name("pytorch_model.bin.index.json")
+    ('model-00001-of-00002.safetensors', 'model.safetensors.index.json')
+    """
+    return re.sub(r"\.(bin|pt|pth)(?=$|\.index\.json$)", ".safetensors", name.removeprefix("pytorch_"))
+
+
+def is_torch_file(name: str) -> bool:
+    """Whether a file's name is one that `torch.save` is given."""
+    return name.endswith((".bin", ".pt", ".pth"))
+
+
+def read_torch_file(path: Path, name: str | None = None) -> Shard:
+    """The tensors of a file; the header is the one that its safetensors form has. Raises CheckpointError."""
+    try:
+        real = path.resolve(strict=True)
+        with real.open("rb") as file:
+            status = os.fstat(file.fileno())
+            head = file.read(32)
+            if not head.startswith(b"PK\x03\x04"):
+                known = disguise(head) or "it is no zip file, as torch.save has written since version 1.6"
+                raise CheckpointError([f"{printable(path)}: is not a file that can be mapped: {known}. {CONVERT}"])
+            found, starts = _contents(path, file, status.st_size)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError([unreadable(path, error)]) from error
+    header, infos = _as_safetensors(path, real, found, starts)
+    digest = xxhash.xxh3_128_hexdigest(header)
+    size = len(header) + sum(info.n_bytes for info in infos)
+    return Shard(
+        safetensors_name(name or path.name), real, status.st_size, status.st_mtime_ns, header, digest, infos, size
+    )
+
+
+def _contents(path: Path, file: IO[bytes], size_bytes: int) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+    """The tensors by name, and (offset in the file, bytes) of each storage."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            pickles = [member for member in members if member.filename.split("/")[1:] == ["data.pkl"]]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+                raise CheckpointError([f"{printable(path)}: holds no data.pkl as torch.save writes it. {CONVERT}"])
+            root = pickles[0].filename.removesuffix("data.pkl")
+            order = f"{root}byteorder"
+            if any(m.filename == order for m in members) and archive.read(order).strip() != b"little":
+                raise CheckpointError([f"{printable(path)}: its numbers are not little-endian. {CONVERT}"])
+            with archive.open(pickles[0]) as data:
+                found = _tensors(path, data)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise CheckpointError([f"{printable(path)}: is damaged or cut: {error}. Download it again"]) from error
+    starts = {}
+    for member in members:
+        if member.filename.startswith(f"{root}data/"):
+            starts[member.filename.removeprefix(f"{root}data/")] = _range(path, file, member, size_bytes)
+    return found, starts
+
+
+def _range(path: Path, file: IO[bytes], member: zipfile.ZipInfo, size_bytes: int) -> tuple[int, int]:
+    """Where a member's bytes lie in the file, behind its local header."""
+    file.seek(member.header_offset)
+    local = file.read(30)
+    start = member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    if member.compress_type != zipfile.ZIP_STORED or start + member.file_size > size_bytes or len(local) < 30:
+        raise CheckpointError([f"{printable(path)}: {printable(member.filename)} is compressed or cut. {CONVERT}"])
+    return start, member.file_size
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]  # in Python: a memo cannot be made huge
+    """Makes dictionaries and descriptions of tensors; everything else is refused by its name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, first, shape, stride, *_: _Tensor(storage, first, tuple(shape), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key = pid[:3]
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+            raise pickle.UnpicklingError("it has a storage of unknown kind")
+        return _Storage(dtype, key)
+
+
+def _tensors(path: Path, data: IO[bytes]) -> dict[str, _Tensor]:
+    try:
+        loaded = _Reader(data).load()
+    except Exception as error:  # the bytes are a stranger's program: whatever it does wrong, it is not loaded
+        raise CheckpointError(
+            [f"{printable(path)}: its pickle is refused: {error or type(error).__name__}. {CONVERT}"]
+        ) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
+        raise CheckpointError(
+            [f"{printable(path)}: holds a {type(loaded).__name__}, expected named tensors. {CONVERT}"]
+        )
+    others = [name for name, value in loaded.items() if not isinstance(value, _Tensor)]
+    if others:
+        raise CheckpointError([f"{printable(path)}: {listing(others)} are no tensors, expected tensors. {CONVERT}"])
+    return dict(loaded)
+
+
+def _as_safetensors(
+    path: Path, real: Path, found: Mapping[str, _Tensor], starts: Mapping[str, tuple[int, int]]
+) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """The header of the safetensors form, tensors by name in it, and where each lies here and there."""
+    problems, entries, at = [], {}, 0
+    for name in sorted(found):
+        tensor = found[name]
+        size = DTYPE_BYTES[tensor.storage.dtype]
+        problem = _tensor_problem(tensor, size, starts.get(tensor.storage.key))
+        if problem:
+            problems.append(f"{printable(path)}: {printable(name)}: {problem}. {CONVERT}")
+            continue
+        n_bytes = math.prod(tensor.shape) * size
+        entries[name] = {"dtype": tensor.storage.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+    if problems:
+        raise CheckpointError(problems)
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    infos = []
+    for name, entry in entries.items():
+        tensor, (begin, end) = found[name], entry["data_offsets"]
+        start = starts[tensor.storage.key][0] + tensor.first * DTYPE_BYTES[tensor.storage.dtype]
+        place = len(header) + begin
+        infos.append(TensorInfo(name, tensor.storage.dtype, tensor.shape, real, start, end - begin, place))
+    return header, tuple(infos)
+
+
+def _tensor_problem(tensor: _Tensor, size: int, storage: tuple[int, int] | None) -> str:
+    numbers = (tensor.first, *tensor.shape, *tensor.stride)
+    if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        return "its shape or strides are no sizes"
+    steps = [math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape))]
+    apart = any(n > 1 and stride != step for n, stride, step in zip(tensor.shape, tensor.stride, steps, strict=True))
+    if math.prod(tensor.shape) and apart:
+        return f"its elements are not in a row (shape {tensor.shape}, strides {tensor.stride})"
+    if storage is None or (tensor.first + math.prod(tensor.shape)) * size > storage[1]:
+        return "it reaches beyond its storage, or that is missing"
+    return ""
