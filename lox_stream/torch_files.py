@@ -123,7 +123,7 @@ def _range(path: Path, file: IO[bytes], member: zipfile.ZipInfo, size_bytes: int
     return start, member.file_size
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]  # in Python: a memo cannot be made huge
+class _Reader(pickle._Unpickler):  # the one in Python: its memo cannot be made huge
     """Makes dictionaries and descriptions of tensors; everything else is refused by its name."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -167,7 +167,9 @@ def _as_safetensors(
     path: Path, real: Path, found: Mapping[str, _Tensor], starts: Mapping[str, tuple[int, int]]
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The header of the safetensors form, tensors by name in it, and where each lies here and there."""
-    problems, entries, at = [], {}, 0
+    problems: list[str] = []
+    entries: dict[str, dict[str, Any]] = {}
+    at = 0
     for name in sorted(found):
         tensor = found[name]
         size = DTYPE_BYTES[tensor.storage.dtype]
