@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lox_stream import __version__
 from lox_stream.errors import OptionError
@@ -134,6 +135,12 @@ def commands() -> None:
 )
 @click.option("--seed", default=DEFAULTS.seed, metavar="N", show_default=True, help="Of stochastic rounding.")
 @click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Options and rules for groups of tensors: a TOML file, or lox_stream.json of an earlier output.",
+)
+@click.option(
     "--rename",
     multiple=True,
     metavar="PATTERN=NAME",
@@ -217,23 +224,34 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
     from lox_stream.cli_run import Request, carry_out
 
     flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "assume", "as_json", "quiet")}
+    recipe = given.pop("recipe")
+    if recipe is not None:
+        from lox_stream.recipes import read_recipe
+
+        found = read_recipe(recipe)
+        typed = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+        given |= {name: value for name, value in found.options.items() if name not in typed} | {"recipe": found.rules}
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
     return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
 
 
 @commands.command("inspect")
 @click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Show what each rule of this recipe hits, too."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, each tensor in it.")
-def _inspect(folder: Path, as_json: bool) -> int:
+def _inspect(folder: Path, recipe: Path | None, as_json: bool) -> int:
     """Show what a checkpoint holds and what `run` would do with it.
 
     \b
-    Example:
+    Examples:
       lox-stream inspect llama-instruct
+      lox-stream inspect llama-instruct --recipe mlp-only.toml
     """
     from lox_stream.cli_inspect import look
 
-    return look(folder, as_json=as_json)
+    return look(folder, recipe, as_json=as_json)
 
 
 @commands.command("verify")

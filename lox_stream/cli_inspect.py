@@ -6,13 +6,19 @@ from pathlib import Path
 
 from lox_stream.inspecting import inspect_checkpoint, inspection_summary
 from lox_stream.messages import echo_json, warn
+from lox_stream.options import Options
+from lox_stream.recipes import read_recipe
 from lox_stream.signals import Interruption
 
 
-def look(path: Path, *, as_json: bool) -> int:
-    """Show a checkpoint; returns the exit code, raises CheckpointError."""
+def look(path: Path, recipe: Path | None, *, as_json: bool) -> int:
+    """Show a checkpoint; returns the exit code, raises CheckpointError, and OptionError for the recipe."""
     with Interruption(lambda: "stopped"):
-        seen = inspect_checkpoint(path)
+        options = Options()
+        if recipe is not None:
+            found = read_recipe(recipe)
+            options = Options(recipe=found.rules, **found.options)
+        seen = inspect_checkpoint(path, options)
         if as_json:
             echo_json(inspection_summary(seen))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.errors import OptionError
 from lox_stream.matching import decide, glob_problems
 from lox_stream.names import matches, pattern_of
-from lox_stream.options import Options, check_options
+from lox_stream.options import Options, Rule, check_options, rule_for
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
@@ -47,6 +47,17 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Hit:
+    """What a rule of a recipe counts for."""
+
+    match: str
+    says: str
+    tensors: int
+    matrices: int  # of these, tensors that `run` would extrapolate or that the rule keeps it from
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint in numbers."""
 
@@ -65,6 +76,7 @@ class Inspection:
     quantisation_method: str | None  # from config.json
     companions: tuple[Path, ...]
     warnings: tuple[str, ...]
+    rules: tuple[Hit, ...] = ()
 
 
 def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspection:
@@ -100,7 +112,16 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         quantisation_method=quantisation_method(checkpoint.config),
         companions=checkpoint.companions,
         warnings=checkpoint.warnings,
+        rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
     )
+
+
+def _hit(rule: Rule, rows: Sequence[Row], options: Options) -> Hit:
+    hit = [row for row in rows if rule_for(row.name, options) is rule]
+    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
+    says = ["skip"] if rule.skip else [f"{key} {value}" for key, value in said.items() if value is not None]
+    changed = [row for row in hit if row.reason in ("matrix", "skipped", "alpha 0")]
+    return Hit(rule.match, ", ".join(says), len(hit), len(changed), sum(row.n_bytes for row in hit))
 
 
 def inspection_summary(inspection: Inspection) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from lox_stream.kinds import Kind, kind_of, stack_of
 from lox_stream.names import listing, matches, near_misses, pattern_of, printable, unmatched
-from lox_stream.options import Options
+from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
 from lox_stream.ties import says_tied, tied_names
@@ -43,7 +43,10 @@ def decide(tensor: TensorInfo, options: Options) -> Reason:
     """Why a tensor is extrapolated ("matrix") or copied (anything else), from its name, shape and dtype alone."""
     if (options.only and not matches(tensor.name, options.only)) or matches(tensor.name, options.skip):
         return "skipped"
-    if options.alpha == 0:
+    rule = rule_for(tensor.name, options)
+    if rule is not None and rule.skip:
+        return "skipped"
+    if options_for(tensor.name, options).alpha == 0:
         return "alpha 0"
     if prod(tensor.shape) == 0:
         return "empty"
@@ -59,7 +62,7 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     reasons |= _left_alone(aligned, pairs.partners, options)
     steps = [_step(aligned, name, reason, pairs, options) for name, reason in reasons.items()]
     problems = [*architecture_problems(base, aligned), *pairs.problems, *_tie_problems(aligned, pairs.partners)]
-    if options.alpha != 0:
+    if _changes(options):
         problems += _weight_problems(base, aligned, reasons, pairs.partners, options)
     return tuple(steps), problems, [*_warnings(base, aligned, pairs.partners, options), *pairs.warnings]
 
@@ -87,7 +90,13 @@ def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options:
     count, m, n = stack_of(name, tensor.shape, aligned.config)
     if partner is not None and partner.shape != tensor.shape and _overlap(tensor.shape, partner.shape):
         count, m = 1, min(tensor.shape[0], partner.shape[0])
-    return Step(name, tensor, partner, "extrapolate", reason, options.rank, count, m, n, seed_name)
+    rank = options_for(seed_name, options).rank
+    return Step(name, tensor, partner, "extrapolate", reason, rank, count, m, n, seed_name)
+
+
+def _changes(options: Options) -> bool:
+    """Whether anything may be extrapolated."""
+    return options.alpha != 0 or any(rule.alpha for rule in options.recipe)
 
 
 def _weight_problems(
@@ -134,6 +143,24 @@ def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
             problems.append(
                 f"{option} {glob!r} matches no tensor of {printable(aligned.root)}; expected one at least. {hint}"
             )
+    return problems + _rule_problems(aligned, options)
+
+
+def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
+    """Rules of a recipe that count for no tensor."""
+    counting = {id(rule_for(name, options)) for name in aligned.tensors}
+    problems = []
+    for number, rule in enumerate(options.recipe, 1):
+        if id(rule) in counting:
+            continue
+        near = near_misses(rule.match, aligned.tensors)
+        hint = f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+        if not unmatched((rule.match,), aligned.tensors):
+            hint = "Earlier rules match all of its tensors, and the first that matches counts: move it up"
+        problems.append(
+            f"recipe, rule {number}: match {rule.match!r} hits no tensor of {printable(aligned.root)}; expected one at "
+            f"least. {hint}"
+        )
     return problems
 
 
@@ -218,9 +245,10 @@ def _warnings(
     base: Checkpoint, aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None], options: Options
 ) -> list[str]:
     warnings = []
-    if options.alpha < 0:
-        warnings.append(f"alpha is {options.alpha}: a negative factor takes alignment away instead of adding to it")
-    if not pairs and options.alpha != 0:
+    for alpha in dict.fromkeys([options.alpha, *(rule.alpha for rule in options.recipe)]):
+        if alpha is not None and alpha < 0:
+            warnings.append(f"alpha is {alpha}: a negative factor takes alignment away instead of adding to it")
+    if not pairs and _changes(options):
         warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
     ours = {*aligned.tensors, *(partner.name for partner in pairs.values() if partner is not None)}
     extra = [name for name in base.tensors if name not in ours]

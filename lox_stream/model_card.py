@@ -131,6 +131,7 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         ("alpha", f"{options.alpha:g}"),
         ("SVD", "none" if options.rank == 0 else options.svd),
         ("rounding", options.rounding + (f", seed {options.seed}" if options.rounding == "stochastic" else "")),
+        *([("recipe", f"{len(options.recipe)} rules, in lox_stream.json")] if options.recipe else []),
         ("tensors", f"{totals.extrapolated} extrapolated, {totals.copied} copied"),
         *_measured("energy of the difference in the update", totals.energy),
         *_measured("retention of the update after rounding", totals.retention),

@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lox_stream.errors import LoxError, OptionError
+from lox_stream.names import matches
 
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 1024
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a recipe says of the tensors whose names match, where the options would say something else."""
+
+    match: str  # a glob
+    rank: int | None = None
+    alpha: float | None = None
+    rounding: Literal["nearest", "stochastic"] | None = None
+    skip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +44,26 @@ class Options:
     rename: tuple[str, ...] = ()  # PATTERN=REPLACEMENT: names of base as aligned has them
     on_missing: Literal["error", "copy"] = "error"  # a matrix that base lacks
     on_shape_mismatch: Literal["error", "copy", "overlap"] = "error"  # overlap: the rows that both have
+    recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
     threads: int = 0  # 0: all cores
     gpu_memory_bytes: int = 0  # of each GPU; 0: 80 % of what is free on it
     kernels: Literal["auto", "triton", "torch"] = "auto"  # on a GPU
+
+
+def rule_for(name: str, options: Options) -> Rule | None:
+    """The rule of the recipe that counts for a tensor."""
+    return next((rule for rule in options.recipe if matches(name, (rule.match,))), None)
+
+
+def options_for(name: str, options: Options) -> Options:
+    """The options as they are for one tensor."""
+    rule = rule_for(name, options)
+    if rule is None:
+        return options
+    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
+    return replace(options, **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]
 
 
 def is_gpu(device: str) -> bool:
@@ -74,6 +101,7 @@ def check_options(options: Options) -> None:
         *_globs("--skip", options.skip),
         *_globs("--only", options.only),
         *_renames(options.rename),
+        *_rules(options.recipe),
     ]
     if problems:
         raise OptionError("\n".join(problems))
@@ -175,3 +203,27 @@ def _renames(value: object) -> list[str]:
     if problems or not isinstance(value, tuple):
         return problems
     return [f"--rename {text!r}: {problem}" for text in value if (problem := rename_problem(text))]
+
+
+def rule_problems(rule: Rule) -> list[str]:
+    """What is wrong with a rule of a recipe, each complete but for where it stands."""
+    checks = [
+        *([] if rule.rank is None else _whole_number("rank", rule.rank, 0, None, "0 is full rank")),
+        *([] if rule.alpha is None else _real_number("alpha", rule.alpha, -math.inf, "0 copies the aligned weights")),
+        *([] if rule.rounding is None else _one_of("rounding", rule.rounding, ("nearest", "stochastic"))),
+        *([] if isinstance(rule.skip, bool) else [f"skip is {rule.skip!r}, expected true or false"]),
+    ]
+    if not isinstance(rule.match, str) or not rule.match:
+        checks.append(f"match is {rule.match!r}, expected a tensor's name or a glob such as '*.mlp.*'")
+    more = (rule.rank, rule.alpha, rule.rounding) != (None, None, None)
+    if rule.skip is True and more:
+        checks.append("skip is true, and there is more beside it; expected nothing else for tensors that are copied")
+    if not rule.skip and not more:
+        checks.append("it says nothing, expected rank, alpha, rounding or skip")
+    return checks
+
+
+def _rules(value: object) -> list[str]:
+    if not isinstance(value, tuple) or not all(isinstance(rule, Rule) for rule in value):
+        return [f"recipe is {value!r}, expected a tuple of Rule"]
+    return [f"recipe, rule {i}: {problem}" for i, rule in enumerate(value, 1) for problem in rule_problems(rule)]

@@ -88,8 +88,8 @@ def memory_needed(step: Step, options: Options) -> int:
     """
     if step.action == "copy" or (is_gpu(options.device) and card_memory_needed(step, options.svd)):
         return 0
-    at_once = costs.together(step.m, step.n, options.rank, options.svd, options.memory_bytes)
-    return costs.step_bytes(step.m, step.n, options.rank, options.svd) * min(step.count, at_once)
+    at_once = costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes)
+    return costs.step_bytes(step.m, step.n, step.rank, options.svd) * min(step.count, at_once)
 
 
 def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
@@ -160,6 +160,7 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
         "bytes": step.aligned.n_bytes,
         "base_name": step.base.name if step.base is not None else None,
         "base_dtype": step.base.dtype if step.base is not None else None,
+        "rank": step.rank if step.action == "extrapolate" else None,
         "matrices": step.count if step.action == "extrapolate" else 0,
         "memory_bytes": memory_needed(step, options),
     }

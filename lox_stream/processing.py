@@ -19,7 +19,7 @@ from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered_bytes
 from lox_stream.on_card import Cards
-from lox_stream.options import Options
+from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
@@ -100,7 +100,7 @@ def _extrapolate(
             for i, (step, target, notices) in enumerate(zip(steps, targets, told, strict=True))
             for matrix in _matrices(step, target, options, maps, notices)
         ]
-        size = together(steps[0].m, steps[0].n, options.rank, options.svd, options.memory_bytes)
+        size = together(steps[0].m, steps[0].n, steps[0].rank, options.svd, options.memory_bytes)
         for first in range(0, len(matrices), size):
             some = matrices[first : first + size]
             found = _computed([matrix for _, matrix in some], run, cards)
@@ -161,6 +161,7 @@ def stacked(data: memoryview, dtype: str, step: Step) -> Tensor:
 def _setting(step: Step, options: Options, index: int) -> Setting:
     """Randomness comes from the tensor's name, so no order of work and no resume changes a bit."""
     name = step.seed_name or step.name
+    options = options_for(name, options)
     return Setting(
         options=options,
         rank=step.rank,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
-from lox_stream.options import Options
+from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped
 from lox_stream.sampling import Sample, Unit
 from lox_stream.workers import Workers
@@ -126,6 +126,7 @@ def _compare_copy(unit: Unit) -> _Seen:
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     step = unit.step
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    options = options_for(step.seed_name or step.name, options)
     with mapped(step.aligned) as aligned, mapped(step.base) as base, mapped(unit.out) as written:
         w1 = _matrix(aligned, step.aligned.dtype, unit).clone()
         w0 = _matrix(base, step.base.dtype, unit).clone()

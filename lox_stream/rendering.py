@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lox_stream.names import pattern_of, printable
+from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
 from lox_stream.predicting import Prediction
 from lox_stream.showing import budget_text, counted, size_text, time_text
@@ -83,7 +84,8 @@ def plan_tables(plan: Plan) -> list[Group]:
     """A plan: tensors that differ only in numbers (layers, experts) share a row."""
     groups: dict[tuple[str, ...], list[Step]] = {}
     for step in plan.steps:
-        groups.setdefault((pattern_of(step.name), step.action, step.reason, step.aligned.dtype), []).append(step)
+        why = _why(step, plan.options)
+        groups.setdefault((pattern_of(step.name), step.action, why, step.aligned.dtype), []).append(step)
     rows = [
         (
             pattern if len(steps) > 1 else steps[0].name,
@@ -91,24 +93,37 @@ def plan_tables(plan: Plan) -> list[Group]:
             shape_text(step.aligned.shape for step in steps),
             dtype,
             action,
-            reason,
+            why,
             size_text(sum(step.aligned.n_bytes for step in steps)),
         )
-        for (pattern, action, reason, dtype), steps in groups.items()
+        for (pattern, action, why, dtype), steps in groups.items()
     ]
     columns = ("tensors", "count", "shape", "dtype", "action", "why", "size")
     return [table_of("Plan", columns, rows, right=(1, 6)), pairs_table("Totals", _plan_totals(plan))]
+
+
+def _why(step: Step, options: Options) -> str:
+    """The reason; with what a recipe says of the tensor."""
+    own = options_for(step.seed_name or step.name, options)
+    if step.action == "copy" or own == options:
+        return step.reason
+    said = [f"rank {own.rank}"] * (own.rank != options.rank) + [f"alpha {own.alpha:g}"] * (own.alpha != options.alpha)
+    return ", ".join([step.reason, *said, *[own.rounding] * (own.rounding != options.rounding)])
 
 
 def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
     changed = [step for step in plan.steps if step.action == "extrapolate"]
     copied = [step for step in plan.steps if step.action == "copy"]
     rank = f"rank {plan.options.rank}" if plan.options.rank else "full rank"
+    rules = f", but for {counted(len(plan.options.recipe), 'rule')}" if plan.options.recipe else ""
     rows: list[tuple[str, object]] = [
         ("base", plan.base.root),
         ("aligned", plan.aligned.root),
         ("out", plan.out),
-        ("extrapolate", f"{counted(len(changed), 'tensor')}, {_size(changed)}, {rank}, alpha {plan.options.alpha:g}"),
+        (
+            "extrapolate",
+            f"{counted(len(changed), 'tensor')}, {_size(changed)}, {rank}, alpha {plan.options.alpha:g}{rules}",
+        ),
         (
             "copy",
             f"{counted(len(copied), 'tensor')}, {_size(copied)}, {counted(len(plan.aligned.companions), 'other file')}",
@@ -193,7 +208,11 @@ def inspection_tables(seen: Inspection) -> list[Group]:
         for group, name in zip(seen.groups, _first_names(seen), strict=True)
     ]
     columns = ("tensors", "count", "shape", "dtype", "size", "run would", "why")
-    return [table_of("Tensors", columns, rows, right=(1, 4)), pairs_table("Checkpoint", _inspection_totals(seen))]
+    tables = [table_of("Tensors", columns, rows, right=(1, 4)), pairs_table("Checkpoint", _inspection_totals(seen))]
+    if seen.rules:
+        hits = [(hit.match, hit.says, hit.tensors, hit.matrices, size_text(hit.n_bytes)) for hit in seen.rules]
+        tables.append(table_of("Rules", ("match", "says", "tensors", "matrices", "size"), hits, right=(2, 3, 4)))
+    return tables
 
 
 def _first_names(seen: Inspection) -> list[str]:

@@ -17,7 +17,7 @@ from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.matching import Step, matrix_name
 from lox_stream.names import listing, printable
-from lox_stream.options import Options, check_options
+from lox_stream.options import Options, Rule, check_options
 from lox_stream.planning import Plan, plan
 
 COPY_BPS = 1e9
@@ -100,6 +100,7 @@ def _options(folder: Path, said: dict[str, Any]) -> Options:
     for name in ("skip", "only", "rename"):
         known[name] = tuple(known[name] or ())
     try:
+        known["recipe"] = tuple(Rule(**rule) for rule in known["recipe"] or ())
         if "rank" not in said:
             raise OptionError("rank is missing")
         options = Options(**known)

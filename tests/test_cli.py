@@ -25,6 +25,7 @@ RUN_OPTIONS = (
     *("--base", "--aligned", "--out", "--rank", "--alpha", "--svd", "--tolerance", "--skip", "--only", "--rounding"),
     *("--seed", "--on-nonfinite", "--device", "--memory", "--threads", "--resume", "--overwrite", "--dry-run"),
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
+    "--recipe",
     *("--json", "--quiet"),
 )
 HEAVY = ("torch", "numpy", "safetensors", "rich")

@@ -1,0 +1,113 @@
+"""A recipe: options, and rules for groups of tensors, out of a TOML file or out of the manifest of an earlier run."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lox_stream.errors import OptionError
+from lox_stream.names import printable
+from lox_stream.options import Rule, rule_problems
+from lox_stream.shards import unreadable
+
+OPTIONS = (  # that change bytes
+    *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
+    *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite"),
+)
+LISTS = ("skip", "only", "rename")
+KEYS = tuple(field.name for field in fields(Rule))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a file says."""
+
+    options: dict[str, Any]  # some fields of Options, unchecked
+    rules: tuple[Rule, ...]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file, or that of a manifest (`lox_stream.json`); raises OptionError, with lines.
+
+    rank = 6
+    alpha = 1.25
+
+    [[group]]
+    match = "*.mlp.*"
+    rank = 16
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--recipe {unreadable(path, error)}") from error
+    if text.lstrip().startswith("{"):
+        return _of_manifest(path, text)
+    try:
+        said = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"--recipe {printable(path)}: is no TOML: {error}. Correct it there") from error
+    groups = said.pop("group", [])
+    problems = [
+        _at(path, _line(text, key), _unknown(key, (*OPTIONS, "group"))) for key in said if _name(key) not in OPTIONS
+    ]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        problems.append(_at(path, _line(text, "group"), "group is no table, expected [[group]] for each rule"))
+        groups = []
+    rules = []
+    for number, group in enumerate(groups):
+        problems += [
+            _at(path, _line(text, key, number), _unknown(key, KEYS)) for key in group if _name(key) not in KEYS
+        ]
+        rule = Rule(**{"match": "", **{_name(key): value for key, value in group.items() if _name(key) in KEYS}})
+        problems += [_at(path, _line(text, problem.split()[0], number), problem) for problem in rule_problems(rule)]
+        rules.append(rule)
+    if problems:
+        raise OptionError("\n".join(problems))
+    return Recipe(_plain(said), tuple(rules))
+
+
+def _of_manifest(path: Path, text: str) -> Recipe:
+    try:
+        said = json.loads(text)["options"]
+        rules = tuple(Rule(**rule) for rule in said.get("recipe", ()))
+        return Recipe(_plain({key: said[key] for key in OPTIONS if key in said}), rules)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(
+            f"--recipe {printable(path)}: is no TOML and no manifest of lox-stream ({error!r}). Give lox_stream.json "
+            "of an output, or a TOML file"
+        ) from error
+
+
+def _plain(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names, lists as tuples."""
+    named = {_name(key): value for key, value in said.items()}
+    return {key: tuple(value) if key in LISTS and isinstance(value, list) else value for key, value in named.items()}
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _unknown(key: str, known: tuple[str, ...]) -> str:
+    return f"{printable(key)} is nothing that a recipe says here, expected one of {', '.join(known)}"
+
+
+def _at(path: Path, line: int, problem: str) -> str:
+    return f"--recipe {printable(path)}, line {line}: {problem}"
+
+
+def _line(text: str, key: str, group: int | None = None) -> int:
+    """Where a key stands: before the first [[group]], or in the group of that number; else where that begins."""
+    lines = text.splitlines()
+    begins = [i for i, line in enumerate(lines) if re.match(r"\s*\[\[\s*group\s*\]\]", line)]
+    if group is None:
+        first, last = 0, begins[0] if begins else len(lines)
+    else:
+        first, last = ([*begins, len(lines)] + [len(lines)] * (group + 2))[group : group + 2]
+    wanted = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=|\s*\[+\s*{re.escape(key)}")
+    return next((i for i in range(first, last) if wanted.match(lines[i])), first) + 1
