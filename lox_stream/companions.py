@@ -81,6 +81,12 @@ def companion_warnings(folder: Path, companions: Companions) -> list[str]:
             f"{printable(folder)}: not copied, since they are no part of the checkpoint: "
             f"{listing(map(str, companions.other_weights))}; run on such a file by itself to change it too"
         )
+    code = [path for path in companions.files if path.suffix == ".py"]
+    if code:
+        warnings.append(
+            f"{printable(folder)}: brings code of its own, which is copied as data and not run here: "
+            f"{listing(map(str, code))}. Who loads the output with trust_remote_code runs it: read it first"
+        )
     if companions.left_out_links:
         warnings.append(
             f"{printable(folder)}: not copied, since they are links to folders elsewhere: "

@@ -373,6 +373,16 @@ def test_a_config_that_is_none_is_a_problem(sharded, text):
 # Companions
 
 
+def test_code_that_a_model_brings_is_copied_and_said(sharded):
+    assert not any("code of its own" in warning for warning in open_checkpoint(sharded).warnings)
+    (sharded / "modeling_x.py").write_text("raise SystemExit('was run')")
+    opened = open_checkpoint(sharded)
+    assert Path("modeling_x.py") in opened.companions
+    (told,) = (warning for warning in opened.warnings if "code of its own" in warning)
+    assert "modeling_x.py" in told
+    assert "trust_remote_code" in told
+
+
 def test_companions_are_all_that_a_model_needs_beside_its_weights(sharded):
     kept = [
         "config.json",
