@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lox_stream.cards import Card, Event, Lane
 from lox_stream.costs import SLOT_BYTES, SLOTS
-from lox_stream.errors import DeviceError
 from lox_stream.kernels import Run
 
 
@@ -75,12 +74,7 @@ class Budget:
 
     @contextmanager
     def held(self, n_bytes: int, run: Run) -> Iterator[None]:
-        """Raises Cancelled where `run` does so while this waits, DeviceError where it would wait for ever."""
-        if n_bytes > self.n_bytes:
-            raise DeviceError(
-                f"a matrix takes {n_bytes} bytes of GPU memory, expected at most the {self.n_bytes} that may be used: "
-                "others took some since the run was planned. Go on with --resume when there is more"
-            )
+        """Who asks for more than there is gets all of it. Raises Cancelled where `run` does so while this waits."""
         self._take(n_bytes, run)
         try:
             yield

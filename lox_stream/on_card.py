@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -51,44 +52,45 @@ class OnCard:
         begun = begin_away(matrix, run)
         if not isinstance(begun, Sample):
             return begun
-        rows = 0 if self._bytes(matrix, 0) <= self.budget.n_bytes else self._block_rows(matrix)
+        part, emitted = self.kernels.part_rows(*matrix.w1.shape), threading.Event()
+        rows = 0 if self._bytes(matrix, 0) <= self.budget.n_bytes else self._block_rows(matrix, part)
+        watched = replace(matrix, emit=_noted(emitted, matrix.emit))
         try:
             with self.budget.held(self._bytes(matrix, rows), run):
-                return self._extrapolate(matrix, begun, rows, run)
+                return self._extrapolate(watched, begun, rows, run)
         except RuntimeError as error:  # torch's own, or one of CUDA's libraries that got none
             problem = _ran_out(error)
             if not problem:
                 raise
+            if emitted.is_set():  # a byte is written once
+                raise _no_memory(matrix, rows, problem) from error
         matrix.tell(
             f"the GPU ran out of memory ({problem}): the matrix went to it alone, in blocks, which takes longer. Leave "
             "room for others who use the GPU with --gpu-memory"
         )
-        return self._alone(matrix, begun, run)
-
-    def _alone(self, matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts | NotFinite:
-        """In the smallest blocks, with nothing else of ours on the card; what others took is not asked for again."""
-        rows = self.kernels.part_rows(*matrix.w1.shape)
         try:
-            with self.budget.held(self.budget.n_bytes, run):
+            with self.budget.held(self.budget.n_bytes, run):  # nothing else of ours is on the card
                 self.card.trim()
-                self.budget.lower(int(self.card.free_bytes() * CARD_SHARE))
-                return self._extrapolate(matrix, sample, rows, run)
+                self.budget.lower(int(self.card.free_bytes() * CARD_SHARE))  # what others took is not asked for again
+                return self._extrapolate(matrix, begun, part, run)
         except RuntimeError as error:
             problem = _ran_out(error)
             if not problem:
                 raise
-            raise DeviceError(
-                f"the GPU ran out of memory at a matrix of {tuple(matrix.w1.shape)}, alone and in blocks of {rows} "
-                f"rows: {problem} Others may use it too. Use less with --gpu-memory and go on with --resume"
-            ) from error
+            raise _no_memory(matrix, part, problem) from error
 
     def _bytes(self, matrix: Matrix, rows: int) -> int:
         m, n = matrix.w1.shape
         return bytes_on_card(m, n, matrix.setting.rank, (matrix.w1.element_size(), matrix.w0.element_size()), rows)
 
-    def _block_rows(self, matrix: Matrix) -> int:
-        """Rows of the largest blocks that fit, or of the smallest that there are."""
-        part = self.kernels.part_rows(*matrix.w1.shape)
+    def _block_rows(self, matrix: Matrix, part: int) -> int:
+        """Rows of the largest blocks that fit: a whole number of parts."""
+        if self._bytes(matrix, part) > self.budget.n_bytes:
+            raise DeviceError(
+                f"a matrix of {tuple(matrix.w1.shape)} takes {self._bytes(matrix, part)} bytes of GPU memory, expected "
+                f"at most the {self.budget.n_bytes} that may be used: others took some since the run was planned. Go "
+                "on with --resume when there is more"
+            )
         rows = part
         while self._bytes(matrix, rows + part) <= self.budget.n_bytes:
             rows += part
@@ -130,6 +132,23 @@ class OnCard:
             for lane in (self._moves.into, *self._computing.all, self._moves.back):
                 lane.record().wait()
             raise
+
+
+def _noted(emitted: threading.Event, emit: Emit) -> Emit:
+    """`emit` that is seen to be called."""
+
+    def noting(at: int, tile: torch.Tensor) -> None:
+        emitted.set()
+        emit(at, tile)
+
+    return noting
+
+
+def _no_memory(matrix: Matrix, rows: int, problem: str) -> DeviceError:
+    return DeviceError(
+        f"the GPU ran out of memory at a matrix of {tuple(matrix.w1.shape)}, in blocks of {rows} rows: {problem} "
+        "Others may use it too. Use less with --gpu-memory and go on with --resume"
+    )
 
 
 def _ran_out(error: RuntimeError) -> str:

@@ -250,7 +250,7 @@ def test_a_card_that_runs_out_of_memory_takes_blocks_and_says_so(often, pair, ex
 
     monkeypatch.setattr(blocks.Moves, "room", failing)
     if often > 1:
-        with pytest.raises(DeviceError, match=r"alone and in blocks of \d+ rows: .* 2\.00 GiB\. Others"):
+        with pytest.raises(DeviceError, match=r"in blocks of \d+ rows: .* 2\.00 GiB\. Others"):
             computed(pair, monkeypatch)
         return
     finished = computed(pair, monkeypatch)
@@ -337,8 +337,9 @@ def test_a_budget_may_become_smaller_while_all_of_it_is_held():
         budget.lower(4)
         budget.lower(8)
     assert (budget.n_bytes, budget._left) == (4, 4)
-    with pytest.raises(DeviceError, match="expected at most the 4"), budget.held(5, lambda task, count: None):
-        pass
+    with budget.held(9, lambda task, count: None):
+        assert budget._left == -5, "all that there is, and nobody else gets any"
+    assert budget._left == 4
 
 
 def test_a_card_is_held_to_its_budget_and_what_libraries_keep(pair, monkeypatch):
@@ -359,6 +360,26 @@ def test_after_an_error_nothing_is_on_its_way(pair, monkeypatch):
         computed(pair, monkeypatch, one(card))
     assert [lane.left for lane in card.lanes] == [0] * 4
     assert card.closed
+
+
+def test_memory_that_ends_when_a_part_is_written_ends_the_run(pair, monkeypatch):
+    """A byte is written once."""
+    real, calls = by_torch.lowrank_update, []
+
+    def failing(*given, **how):
+        calls.append(given)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(*given, **how)
+
+    monkeypatch.setattr(by_torch, "lowrank_update", failing)
+    with pytest.raises(DeviceError, match=r"in blocks of \d+ rows: CUDA out of memory\. Others"):
+        computed(pair, monkeypatch, one(memory=IN_BLOCKS), options=Options(device="cuda", threads=1))
+
+
+def test_memory_that_others_took_is_told(pair, monkeypatch):
+    with pytest.raises(DeviceError, match=r"at most the 1000 that may be used: others took some"):
+        computed(pair, monkeypatch, one(memory=1000))
 
 
 def test_what_is_not_finite_is_said_with_its_place(tmp_path, monkeypatch):
