@@ -24,6 +24,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, version
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
+from lox_stream.shards import written_bytes
 
 FORMAT = 1
 PACKAGES = ("lox-stream", "torch", "numpy", "safetensors")
@@ -129,7 +130,7 @@ def _input(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _shard(shard: Shard, finished: Mapping[str, TensorFacts]) -> dict[str, Any]:
     digests = [finished[tensor.name].checksum for tensor in shard.tensors]
-    return {"size": shard.size_bytes, "header_xxh3_128": shard.header_hash, "tensors_xxh3_128": joined(digests)}
+    return {"size": written_bytes(shard), "header_xxh3_128": shard.header_hash, "tensors_xxh3_128": joined(digests)}
 
 
 def joined(checksums: Iterable[str]) -> str:

@@ -149,13 +149,13 @@ def _tensors(path: Path, data: IO[bytes]) -> dict[str, _Tensor]:
         loaded = _Reader(data).load()
     except Exception as error:  # the bytes are a stranger's program: whatever it does wrong, it is not loaded
         raise CheckpointError(
-            [f"{printable(path)}: its pickle is refused: {error or type(error).__name__}. {CONVERT}"]
+            [f"{printable(path)}: its pickle is refused: {str(error) or type(error).__name__}. {CONVERT}"]
         ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
         raise CheckpointError(
-            [f"{printable(path)}: holds a {type(loaded).__name__}, expected named tensors. {CONVERT}"]
+            [f"{printable(path)}: holds a {type(loaded).__name__.strip('_')}, expected named tensors. {CONVERT}"]
         )
     others = [name for name, value in loaded.items() if not isinstance(value, _Tensor)]
     if others:

@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lox_stream import Options, extrapolate, plan
 from lox_stream.errors import CheckpointError, LoxError, OptionError
+from lox_stream.recomputing import compare_all
+from lox_stream.sampling import choose_sample
+from lox_stream.verifying import verify_checksums
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -159,6 +162,8 @@ def test_of_a_vocabulary_that_grew_the_common_rows_are_extrapolated(sides, tmp_p
         else:
             assert (out[name][:rows] != right).double().mean() < 0.01
     assert not torch.equal(out[names[0]][:rows], aligned[names[0]][:rows])
+    assert all(check.ok for check in verify_checksums(tmp_path / "out"))
+    assert [one.ok for one in compare_all(choose_sample(tmp_path / "out", *pair, count=2))] == [True, True]
 
 
 def test_tied_weights_that_grew_stay_tied(sides, tmp_path):

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from lox_stream import Options, extrapolate, stream
 from lox_stream.checkpoint import open_checkpoint
 from lox_stream.errors import CheckpointError
+from lox_stream.recomputing import compare_all
+from lox_stream.sampling import choose_sample
 from lox_stream.torch_files import read_torch_file
+from lox_stream.verifying import verify_checksums
 
 DTYPES = (
     torch.float32,
@@ -116,6 +119,10 @@ def test_an_output_is_what_safetensors_inputs_give(tmp_path, tensors, shards):
         if len(files) > 1:
             index = json.loads((out / "model.safetensors.index.json").read_text())
             assert set(index["weight_map"].values()) == {file.name for file in files}
+        assert all(check.ok for check in verify_checksums(out))
+        compared = list(compare_all(choose_sample(out, *sides, count=9)))
+        assert len(compared) == 4
+        assert all(one.ok for one in compared)
     assert (tmp_path / "out2" / "config.json").exists()
 
 
