@@ -61,10 +61,13 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     pairs = pair(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"], options.rename)
     reasons |= _left_alone(aligned, pairs.partners, options)
     steps = [_step(aligned, name, reason, pairs, options) for name, reason in reasons.items()]
-    problems = [*architecture_problems(base, aligned), *pairs.problems, *_tie_problems(aligned, pairs.partners)]
+    others = architecture_problems(base, aligned)
+    problems = [*pairs.problems, *_tie_problems(aligned, pairs.partners)]
+    if not pairs.across:  # what wraps another model has an architecture of its own
+        problems, others = [*others, *problems], []
     if _changes(options):
         problems += _weight_problems(base, aligned, reasons, pairs.partners, options)
-    return tuple(steps), problems, [*_warnings(base, aligned, pairs.partners, options), *pairs.warnings]
+    return tuple(steps), problems, [*_warnings(base, pairs, options), *pairs.warnings, *others]
 
 
 def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], options: Options) -> dict[str, Reason]:
@@ -241,19 +244,16 @@ def _dtype_problems(
     return list(problems)
 
 
-def _warnings(
-    base: Checkpoint, aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None], options: Options
-) -> list[str]:
+def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:
     warnings = []
     for alpha in dict.fromkeys([options.alpha, *(rule.alpha for rule in options.recipe)]):
         if alpha is not None and alpha < 0:
             warnings.append(f"alpha is {alpha}: a negative factor takes alignment away instead of adding to it")
-    if not pairs and _changes(options):
+    if not pairs.partners and _changes(options):
         warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
-    ours = {*aligned.tensors, *(partner.name for partner in pairs.values() if partner is not None)}
-    extra = [name for name in base.tensors if name not in ours]
-    if extra:
+    if pairs.unused:
         warnings.append(
-            f"{printable(base.root)}: {len(extra)} tensors are not in aligned and not used: {listing(extra)}"
+            f"{printable(base.root)}: {len(pairs.unused)} tensors are not in aligned and not used: "
+            f"{listing(pairs.unused)}"
         )
     return warnings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo
 from lox_stream.names import listing, near_misses, pattern_of, printable
@@ -23,6 +23,8 @@ class Pairs:
 
     partners: dict[str, TensorInfo | None]
     leaders: dict[str, str]  # names of aligned that follow another one which they are tied to
+    across: bool  # some are paired under other names: by a rename, or across a wrapper
+    unused: tuple[str, ...]  # names of base that belong to none of aligned's
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -33,11 +35,21 @@ def pair(base: Checkpoint, aligned: Checkpoint, names: Sequence[str], renames: S
     partners = {name: called.get(name) for name in names}
     across = _across_wrappers(aligned, called, [name for name in names if partners[name] is None])
     partners |= across
+    theirs = replace(base, tensors={name: replace(tensor, name=name) for name, tensor in called.items()})
     for name in names:
-        partners[name] = partners[name] or tied_partner(aligned.tensors[name], base)
+        tied = None if partners[name] else tied_partner(aligned.tensors[name], theirs)
+        partners[name] = called[tied.name] if tied else partners[name]
     leaders = {name: leader for name, leader in tied_names(aligned).items() if name in partners and leader in partners}
     partners |= {name: partners[leader] for name, leader in leaders.items()}
-    return Pairs(partners, leaders, tuple(problems), tuple(_told(across)))
+    used = {partner.name for partner in partners.values() if partner is not None}
+    known = {f"{prefix}{_bare(name)}" for name in aligned.tensors for prefix in WRAPPERS} | set(aligned.tensors)
+    unused = tuple(tensor.name for name, tensor in called.items() if name not in known and tensor.name not in used)
+    return Pairs(partners, leaders, bool(across or renames), unused, tuple(problems), tuple(_told(across)))
+
+
+def _bare(name: str) -> str:
+    """A name without the longest of the wrappers' prefixes."""
+    return min((name.removeprefix(prefix) for prefix in WRAPPERS), key=len)
 
 
 def renamed(base: Checkpoint, renames: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -82,14 +94,19 @@ def _near(text: str, base: Checkpoint) -> str:
 def _across_wrappers(
     aligned: Checkpoint, called: Mapping[str, TensorInfo], names: Iterable[str]
 ) -> dict[str, TensorInfo | None]:
-    """Partners of the same shape that have the same name but for a wrapper's prefix; only where there is one alone."""
+    """Partners that have the same name but for a wrapper's prefix; only where there is one alone.
+
+    Of the same shape, or else of as many columns: a vocabulary that grew.
+    """
     found: dict[str, TensorInfo | None] = {}
     taken = set(aligned.tensors) & set(called)
     for name in names:
         rests = {name.removeprefix(prefix) for prefix in WRAPPERS}
         candidates = {f"{prefix}{rest}" for rest in rests for prefix in WRAPPERS} - taken
         fitting = [called[one] for one in candidates if one in called]
-        fitting = [one for one in fitting if one.shape == aligned.tensors[name].shape]
+        shape = aligned.tensors[name].shape
+        alike = [one for one in fitting if one.shape == shape]
+        fitting = alike or [one for one in fitting if len(one.shape) == len(shape) == 2 and one.shape[1] == shape[1]]
         if len(fitting) == 1:
             found[name] = fitting[0]
     partners = [partner.name for partner in found.values() if partner is not None]

@@ -80,8 +80,16 @@ def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, ela
         elapsed_s=elapsed_s,
         checksum=checksum,
         matrices=matrices,
-        notices=(*told, *notices),
+        notices=(*told, *_rows_left(step, action), *notices),
     )
+
+
+def _rows_left(step: Step, action: str) -> tuple[str, ...]:
+    """That a vocabulary grew, and which rows base does not have."""
+    rows = step.aligned.shape[0] if step.aligned.shape else 0
+    if action == "copy" or covered_bytes(step) == step.aligned.n_bytes:
+        return ()
+    return (f"{step.name}: rows {step.m} to {rows - 1} are copied, for base has {step.m}; the others are extrapolated",)
 
 
 def _extrapolate(

@@ -20,6 +20,7 @@ OPTIONS = (  # that change bytes
     *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite"),
 )
 LISTS = ("skip", "only", "rename")
+MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 KEYS = tuple(field.name for field in fields(Rule))
 
 
@@ -42,9 +43,12 @@ def read_recipe(path: Path) -> Recipe:
     rank = 16
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--recipe {unreadable(path, error)}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise OptionError(f"--recipe {printable(path)}: has over {MAX_CHARACTERS} characters, expected a recipe")
     if text.lstrip().startswith("{"):
         return _of_manifest(path, text)
     try:

@@ -115,6 +115,40 @@ def test_a_rename_that_matches_nothing_or_too_much_is_an_error(sides):
         plan(*pair, options=Options(rename=("model.a=x.a", "model.b=x.a")))
 
 
+def test_a_tie_does_not_bring_a_renamed_tensor_back(sides):
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    pair = sides(*({name: weights(8, 4) for name in names} for _ in range(2)), tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"missing in base: lm_head\.weight"):
+        planned(pair, rename=("lm_head.*=foo.*",))
+    assert partners(planned(pair, rename=("lm_head.*=foo.*",), on_missing="copy")[0]) == {names[0]: names[0]}
+
+
+def test_a_vocabulary_that_grew_is_seen_through_a_wrapper(sides):
+    base = {
+        "model.embed_tokens.weight": weights(8, 4),
+        "model.norm.weight": weights(4),
+        "model.a.weight": weights(8, 4),
+    }
+    aligned = {f"language_model.{name}": weights(*t.shape) for name, t in base.items()}
+    aligned["language_model.model.embed_tokens.weight"] = weights(9, 4)
+    pair = sides(base, aligned)
+    with pytest.raises(CheckpointError, match=r"aligned is \(9, 4\), base is \(8, 4\).*overlap"):
+        planned(pair)
+    steps, told = planned(pair, on_shape_mismatch="overlap")
+    assert steps["language_model.model.embed_tokens.weight"].m == 8
+    assert "not used" not in told, "the norm is aligned's own, under another prefix"
+
+
+@pytest.mark.parametrize("rename", [(), ("model.*=language_model.model.*",)])
+def test_what_wraps_a_model_may_have_another_architecture(tmp_path, rename):
+    base = write(tmp_path / "base", {"model.a.weight": weights(8, 4)}, architectures=["LlamaForCausalLM"])
+    tensors = {"language_model.model.a.weight": weights(8, 4)}
+    aligned = write(tmp_path / "aligned", tensors, architectures=["LlavaForConditionalGeneration"])
+    steps, told = planned((base, aligned), rename=rename)
+    assert partners(steps) == {"language_model.model.a.weight": "model.a.weight"}
+    assert "LlavaForConditionalGeneration" in told
+
+
 @pytest.mark.parametrize("rename", ["", "a", "a=", "=b", "a.*=b", "a=b.*", "a.?=b"])
 def test_a_rename_that_means_nothing_is_an_error(rename):
     with pytest.raises(OptionError, match="--rename"):
@@ -153,6 +187,7 @@ def test_of_a_vocabulary_that_grew_the_common_rows_are_extrapolated(sides, tmp_p
     options = Options(rank=2, on_shape_mismatch="overlap")
     summary = extrapolate(*pair, tmp_path / "out", options=options)
     assert summary.totals.extrapolated == 2
+    assert any("are copied, for base has 32" in warning for warning in summary.warnings) == (ours > theirs)
     out, rows = load_file(tmp_path / "out" / "model.safetensors"), min(ours, theirs)
     for name in names:
         right = exact(aligned[name][:rows], base[name][:rows]).to(dtype)
