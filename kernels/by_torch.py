@@ -12,14 +12,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from .gpu.products import part_of
+from .gpu.launching import signed32
+from .gpu.products import part_rows
+
+__all__ = ["delta_matmul", "lowrank_update", "part_rows", "partial_products", "total"]
 
 TILE_ELEMENTS = 1 << 21  # in float32 8 MiB, of which some eight are needed at a time
-
-
-def part_rows(m: int, n: int) -> int:
-    """Rows of an (m, n) matrix that one term of `partial_products` sums over: as the Triton kernels have it."""
-    return part_of(m, n, turned=True)
 
 
 def _tiles(m: int, n: int, whole: int | None) -> list[list[slice]]:
@@ -140,22 +138,13 @@ def _words16(first: int, shape: torch.Size, key: tuple[int, int], device: torch.
     """The 16-bit random words of consecutive elements, int32: `random_words.py` has the formula."""
     index = torch.arange(first, first + shape.numel(), dtype=torch.int64, device=device)
     pair = index >> 1
-    word = _mixed(pair.to(torch.int32) ^ _signed(key[0]))
-    word = _mixed(word ^ _signed(key[1]) ^ (pair >> 32).to(torch.int32))
+    word = _mixed(pair.to(torch.int32) ^ signed32(key[0]))
+    word = _mixed(word ^ signed32(key[1]) ^ (pair >> 32).to(torch.int32))
     return ((word >> ((index & 1) << 4).to(torch.int32)) & 0xFFFF).view(shape)
 
 
 def _mixed(x: Tensor) -> Tensor:
     """lowbias32 (Chris Wellons, 2018) of the 32 bits of each element."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift & (1 << 32 - shift) - 1)) * _signed(factor)
+        x = (x ^ (x >> shift & (1 << 32 - shift) - 1)) * signed32(factor)
     return x ^ (x >> 16 & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the int32 of its bits.
-
-    >>> _signed(0xFFFFFFFF), _signed(7)
-    (-1, 7)
-    """
-    return word - (1 << 32) if word >= 1 << 31 else word

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .gpu import lowrank_update as update
 from .gpu.delta_matmul import delta_matmul
-from .gpu.delta_rmatmul import part_rows, partial_products
+from .gpu.delta_rmatmul import partial_products
 from .gpu.partial_sums import total
+from .gpu.products import part_rows
 
 __all__ = ["delta_matmul", "lowrank_update", "part_rows", "partial_products", "total"]
 

@@ -230,7 +230,7 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
 
         found = read_recipe(recipe)
         typed = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-        given |= {name: value for name, value in found.options.items() if name not in typed} | {"recipe": found.rules}
+        given |= {name: value for name, value in found.items() if name not in typed}
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
     return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
 

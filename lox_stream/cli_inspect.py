@@ -14,10 +14,7 @@ from lox_stream.signals import Interruption
 def look(path: Path, recipe: Path | None, *, as_json: bool) -> int:
     """Show a checkpoint; returns the exit code, raises CheckpointError, and OptionError for the recipe."""
     with Interruption(lambda: "stopped"):
-        options = Options()
-        if recipe is not None:
-            found = read_recipe(recipe)
-            options = Options(recipe=found.rules, **found.options)
+        options = Options() if recipe is None else Options(**read_recipe(recipe))
         seen = inspect_checkpoint(path, options)
         if as_json:
             echo_json(inspection_summary(seen))

@@ -57,7 +57,9 @@ def carry_out(request: Request) -> int:
             dry=request.dry_run,
         )
         if not request.dry_run:
-            made = _settled(made)
+            from lox_stream.device import settled
+
+            made = settled(made)
         if not request.quiet:
             warn(made.warnings)
         if request.dry_run:
@@ -80,12 +82,6 @@ def _still_to_do(request: Request, made: Plan) -> Plan:
     state = resumable(made)[0] if request.resume else None
     finished = state.finished if state is not None else {}
     return replace(made, steps=tuple(step for step in made.steps if step.name not in finished))
-
-
-def _settled(made: Plan) -> Plan:
-    from lox_stream.device import settled
-
-    return settled(made)
 
 
 def _show_plan(request: Request, made: Plan, prediction: Prediction) -> None:

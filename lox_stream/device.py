@@ -44,7 +44,7 @@ def settled(made: Plan) -> Plan:
         raise DeviceError(f"--device {options.device}: {found}. Compute on the CPU with --device cpu")
     if options.kernels == "torch":
         return made
-    broken = without_triton(indices(options.device, torch.cuda.device_count())[0])
+    broken = without_triton(_asked(options)[0])
     if broken and options.kernels == "triton":
         raise DeviceError(f"--kernels triton: {broken}. Compute with those of torch, which are slower: --kernels torch")
     warning = f"the GPU computes with the kernels of torch, which are slower (--kernels torch): {broken}"
@@ -60,7 +60,7 @@ def cards_of(options: Options) -> Cards | None:
     if not is_gpu(options.device):
         return None
     kernels = on_gpu("torch" if options.kernels == "torch" else "triton")
-    cards = [CudaCard(index) for index in indices(options.device, torch.cuda.device_count())]
+    cards = [CudaCard(index) for index in _asked(options)]
     return Cards([OnCard(card, usable_bytes(options, card.free_bytes()), kernels) for card in cards])
 
 
@@ -77,6 +77,10 @@ def indices(device: str, count: int) -> list[int]:
     """
     named = device.removeprefix("cuda").removeprefix(":")
     return list(range(count)) if named == "all" else [int(number) for number in (named or "0").split(",")]
+
+
+def _asked(options: Options) -> list[int]:
+    return indices(options.device, torch.cuda.device_count())
 
 
 def missing(device: str) -> str:
@@ -121,8 +125,7 @@ def without_triton(index: int) -> str:
 
 def _too_little(made: Plan) -> str:
     options = made.options
-    cards = (CudaCard(index) for index in indices(options.device, torch.cuda.device_count()))
-    free_bytes = min(card.free_bytes() for card in cards)
+    free_bytes = min(CudaCard(index).free_bytes() for index in _asked(options))
     if options.gpu_memory_bytes > CARD_MOST * free_bytes:
         most = int(CARD_MOST * free_bytes)
         return f"--gpu-memory is {options.gpu_memory_bytes}, expected at most {most}: CUDA's libraries need the rest"

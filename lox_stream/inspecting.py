@@ -12,7 +12,7 @@ from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.errors import OptionError
 from lox_stream.matching import decide, glob_problems
 from lox_stream.names import matches, pattern_of
-from lox_stream.options import Options, Rule, check_options, rule_for
+from lox_stream.options import Options, Rule, check_options, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
@@ -118,8 +118,7 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
 
 def _hit(rule: Rule, rows: Sequence[Row], options: Options) -> Hit:
     hit = [row for row in rows if rule_for(row.name, options) is rule]
-    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
-    says = ["skip"] if rule.skip else [f"{key} {value}" for key, value in said.items() if value is not None]
+    says = ["skip"] if rule.skip else [f"{key} {value}" for key, value in said_by(rule).items()]
     changed = [row for row in hit if row.reason in ("matrix", "skipped", "alpha 0")]
     return Hit(rule.match, ", ".join(says), len(hit), len(changed), sum(row.n_bytes for row in hit))
 

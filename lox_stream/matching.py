@@ -9,9 +9,9 @@ from typing import Literal
 
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from lox_stream.kinds import Kind, kind_of, stack_of
-from lox_stream.names import listing, matches, near_misses, pattern_of, printable, unmatched
+from lox_stream.names import listing, matches, near_misses, pattern_of, printable, suggestion, unmatched
 from lox_stream.options import Options, options_for, rule_for
-from lox_stream.pairing import Pairs, pair
+from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
 from lox_stream.ties import says_tied, tied_names
 
@@ -81,17 +81,12 @@ def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], 
     return found
 
 
-def _overlap(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two matrices differ in their rows alone, as embeddings do whose vocabulary grew."""
-    return len(shape) == len(other) == 2 and shape[1] == other[1]
-
-
 def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options: Options) -> Step:
     tensor, partner, seed_name = aligned.tensors[name], pairs.partners.get(name), pairs.leaders.get(name, name)
     if reason != "matrix":
         return Step(name, tensor, None, "copy", reason, seed_name=seed_name)
     count, m, n = stack_of(name, tensor.shape, aligned.config)
-    if partner is not None and partner.shape != tensor.shape and _overlap(tensor.shape, partner.shape):
+    if partner is not None and partner.shape != tensor.shape and overlapping(tensor.shape, partner.shape):
         count, m = 1, min(tensor.shape[0], partner.shape[0])
     rank = options_for(seed_name, options).rank
     return Step(name, tensor, partner, "extrapolate", reason, rank, count, m, n, seed_name)
@@ -140,7 +135,7 @@ def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
     for option, globs in (("--skip", options.skip), ("--only", options.only)):
         for glob in unmatched(globs, aligned.tensors):
             near = near_misses(glob, aligned.tensors) or tuple(dict.fromkeys(map(pattern_of, aligned.tensors)))[:2]
-            hint = f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+            hint = suggestion(near)
             if says_tied(aligned.config) and matches("lm_head.weight", (glob,)):
                 hint = f"The head is tied to the embedding in this model and has no weights of its own. {hint}"
             problems.append(
@@ -151,13 +146,12 @@ def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
 
 def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
     """Rules of a recipe that count for no tensor."""
-    counting = {id(rule_for(name, options)) for name in aligned.tensors}
+    counting = {id(rule_for(name, options)) for name in aligned.tensors} if options.recipe else set()
     problems = []
     for number, rule in enumerate(options.recipe, 1):
         if id(rule) in counting:
             continue
-        near = near_misses(rule.match, aligned.tensors)
-        hint = f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+        hint = suggestion(near_misses(rule.match, aligned.tensors))
         if not unmatched((rule.match,), aligned.tensors):
             hint = "Earlier rules match all of its tensors, and the first that matches counts: move it up"
         problems.append(
@@ -210,14 +204,14 @@ def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInf
     more: list[str] = []
     for tensor in tensors:
         partner = pairs[tensor.name]
-        if partner is None or partner.shape == tensor.shape or (overlap and _overlap(tensor.shape, partner.shape)):
+        if partner is None or partner.shape == tensor.shape or (overlap and overlapping(tensor.shape, partner.shape)):
             continue
         name = printable(tensor.name)
         if len(problems) < _MANY:
             problems.append(
                 f"{name}: aligned is {tensor.shape}, base is {partner.shape}; expected the same shape. "
                 f"Copy it unchanged with --skip '{name}', or all such with --on-shape-mismatch copy"
-                + (", or extrapolate the rows that both have: overlap" * _overlap(tensor.shape, partner.shape))
+                + (", or extrapolate the rows that both have: overlap" * overlapping(tensor.shape, partner.shape))
             )
         else:
             more.append(name)

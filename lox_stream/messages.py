@@ -33,7 +33,11 @@ def echo_json(document: dict[str, Any]) -> None:
     """The one document on stdout, in ASCII; NaN and infinities are null."""
     from lox_stream.journal import finite  # here, so that --help does not wait for safetensors
 
-    click.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+    try:
+        text = json.dumps(document, indent=2, allow_nan=False)
+    except ValueError:  # only such numbers are worth a copy of a document of a hundred thousand tensors
+        text = json.dumps(finite(document), indent=2, allow_nan=False)
+    click.echo(text)
 
 
 def guarded(action: Callable[[], Any]) -> int:

@@ -50,6 +50,12 @@ def unmatched(globs: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
     return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
 
 
+def suggestion(patterns: Iterable[str]) -> str:
+    """`Did you mean 'a' or 'b'?`, each pattern printable; nothing without any."""
+    shown = " or ".join(repr(printable(pattern)) for pattern in patterns)
+    return f"Did you mean {shown}?" if shown else ""
+
+
 def near_misses(glob: str, names: Iterable[str], limit: int = 3) -> tuple[str, ...]:
     """Patterns of names that somebody who typed `glob` may have meant, best first; each works as a glob.
 

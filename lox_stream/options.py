@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lox_stream.errors import LoxError, OptionError
 from lox_stream.names import matches
@@ -57,13 +58,24 @@ def rule_for(name: str, options: Options) -> Rule | None:
     return next((rule for rule in options.recipe if matches(name, (rule.match,))), None)
 
 
+def said_by(rule: Rule) -> dict[str, Any]:
+    """The options that a rule changes."""
+    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def options_for(name: str, options: Options) -> Options:
     """The options as they are for one tensor."""
     rule = rule_for(name, options)
-    if rule is None:
-        return options
-    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
-    return replace(options, **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]
+    return options if rule is None else replace(options, **said_by(rule))
+
+
+def from_json(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Options that JSON or TOML holds: lists as tuples, rules as Rule. Raises TypeError for other rules."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    if "recipe" in fields:
+        fields["recipe"] = tuple(Rule(**rule) for rule in fields["recipe"])
+    return fields
 
 
 def is_gpu(device: str) -> bool:
@@ -215,10 +227,9 @@ def rule_problems(rule: Rule) -> list[str]:
     ]
     if not isinstance(rule.match, str) or not rule.match:
         checks.append(f"match is {rule.match!r}, expected a tensor's name or a glob such as '*.mlp.*'")
-    more = (rule.rank, rule.alpha, rule.rounding) != (None, None, None)
-    if rule.skip is True and more:
+    if rule.skip is True and said_by(rule):
         checks.append("skip is true, and there is more beside it; expected nothing else for tensors that are copied")
-    if not rule.skip and not more:
+    if not rule.skip and not said_by(rule):
         checks.append("it says nothing, expected rank, alpha, rounding or skip")
     return checks
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo
-from lox_stream.names import listing, near_misses, pattern_of, printable
+from lox_stream.names import listing, near_misses, pattern_of, printable, suggestion
 from lox_stream.ties import tied_names, tied_partner
 
 WRAPPERS = (  # what models that hold another model put before its names
@@ -32,19 +33,34 @@ class Pairs:
 def pair(base: Checkpoint, aligned: Checkpoint, names: Sequence[str], renames: Sequence[str]) -> Pairs:
     """Pair the tensors `names` of aligned with those of base; complete messages."""
     called, problems = renamed(base, renames)
-    partners = {name: called.get(name) for name in names}
+    partners: dict[str, TensorInfo | None] = {name: called.get(name) for name in names}
     across = _across_wrappers(aligned, called, [name for name in names if partners[name] is None])
     partners |= across
-    theirs = replace(base, tensors={name: replace(tensor, name=name) for name, tensor in called.items()})
+    theirs = base
+    if renames:
+        theirs = replace(base, tensors={name: replace(tensor, name=name) for name, tensor in called.items()})
     for name in names:
         tied = None if partners[name] else tied_partner(aligned.tensors[name], theirs)
         partners[name] = called[tied.name] if tied else partners[name]
     leaders = {name: leader for name, leader in tied_names(aligned).items() if name in partners and leader in partners}
     partners |= {name: partners[leader] for name, leader in leaders.items()}
-    used = {partner.name for partner in partners.values() if partner is not None}
-    known = {f"{prefix}{_bare(name)}" for name in aligned.tensors for prefix in WRAPPERS} | set(aligned.tensors)
-    unused = tuple(tensor.name for name, tensor in called.items() if name not in known and tensor.name not in used)
+    unused = tuple(_unused(aligned, called, partners))
     return Pairs(partners, leaders, bool(across or renames), unused, tuple(problems), tuple(_told(across)))
+
+
+def overlapping(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two matrices differ in their rows alone, as embeddings do whose vocabulary grew."""
+    return len(shape) == len(other) == 2 and shape[1] == other[1]
+
+
+def _unused(
+    aligned: Checkpoint, called: Mapping[str, TensorInfo], partners: Mapping[str, TensorInfo | None]
+) -> Iterator[str]:
+    """Names of base that are no partner's, and none that aligned has, under another wrapper's prefix either."""
+    used = {partner.name for partner in partners.values() if partner is not None}
+    rest = [name for name, tensor in called.items() if name not in aligned.tensors and tensor.name not in used]
+    bare = {_bare(name) for name in aligned.tensors} if rest else set()
+    return (called[name].name for name in rest if not any(name.removeprefix(prefix) in bare for prefix in WRAPPERS))
 
 
 def _bare(name: str) -> str:
@@ -54,6 +70,8 @@ def _bare(name: str) -> str:
 
 def renamed(base: Checkpoint, renames: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
     """Base's tensors by the names that they have once the first rename that matches is applied, and problems."""
+    if not renames:
+        return base.tensors, []
     rules = [_rule(text) for text in renames]
     problems = [
         f"--rename {text!r} matches no tensor of {printable(base.root)}; expected one at least. {_near(text, base)}"
@@ -87,37 +105,34 @@ def _filled(pieces: Sequence[str], groups: Sequence[str]) -> str:
 
 
 def _near(text: str, base: Checkpoint) -> str:
-    near = near_misses(text.partition("=")[0], base.tensors)
-    return f"Did you mean {' or '.join(repr(printable(pattern)) for pattern in near)}?" if near else ""
+    return suggestion(near_misses(text.partition("=")[0], base.tensors))
 
 
 def _across_wrappers(
     aligned: Checkpoint, called: Mapping[str, TensorInfo], names: Iterable[str]
-) -> dict[str, TensorInfo | None]:
+) -> dict[str, TensorInfo]:
     """Partners that have the same name but for a wrapper's prefix; only where there is one alone.
 
     Of the same shape, or else of as many columns: a vocabulary that grew.
     """
-    found: dict[str, TensorInfo | None] = {}
-    taken = set(aligned.tensors) & set(called)
+    found: dict[str, TensorInfo] = {}
     for name in names:
         rests = {name.removeprefix(prefix) for prefix in WRAPPERS}
-        candidates = {f"{prefix}{rest}" for rest in rests for prefix in WRAPPERS} - taken
-        fitting = [called[one] for one in candidates if one in called]
+        candidates = {f"{prefix}{rest}" for rest in rests for prefix in WRAPPERS}
+        fitting = [called[one] for one in candidates if one in called and one not in aligned.tensors]
         shape = aligned.tensors[name].shape
-        alike = [one for one in fitting if one.shape == shape]
-        fitting = alike or [one for one in fitting if len(one.shape) == len(shape) == 2 and one.shape[1] == shape[1]]
-        if len(fitting) == 1:
-            found[name] = fitting[0]
-    partners = [partner.name for partner in found.values() if partner is not None]
-    return {name: one for name, one in found.items() if one is not None and partners.count(one.name) == 1}
+        alike = [one for one in fitting if one.shape == shape] or [
+            one for one in fitting if overlapping(one.shape, shape)
+        ]
+        if len(alike) == 1:
+            found[name] = alike[0]
+    counts = Counter(partner.name for partner in found.values())
+    return {name: partner for name, partner in found.items() if counts[partner.name] == 1}
 
 
-def _told(across: Mapping[str, TensorInfo | None]) -> list[str]:
+def _told(across: Mapping[str, TensorInfo]) -> list[str]:
     examples = dict.fromkeys(
-        f"{printable(pattern_of(name))} with {printable(pattern_of(one.name))}"
-        for name, one in across.items()
-        if one is not None
+        f"{printable(pattern_of(name))} with {printable(pattern_of(one.name))}" for name, one in across.items()
     )
     if not examples:
         return []

@@ -5,42 +5,34 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lox_stream.errors import OptionError
 from lox_stream.names import printable
-from lox_stream.options import Rule, rule_problems
+from lox_stream.options import Rule, from_json, rule_problems
 from lox_stream.shards import unreadable
 
 OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
     *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite"),
 )
-LISTS = ("skip", "only", "rename")
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 KEYS = tuple(field.name for field in fields(Rule))
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a file says."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a TOML file, or a manifest (`lox_stream.json`), says of the fields of Options; `recipe` is among them.
 
-    options: dict[str, Any]  # some fields of Options, unchecked
-    rules: tuple[Rule, ...]
+        rank = 6
+        alpha = 1.25
 
+        [[group]]
+        match = "*.mlp.*"
+        rank = 16
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file, or that of a manifest (`lox_stream.json`); raises OptionError, with lines.
-
-    rank = 6
-    alpha = 1.25
-
-    [[group]]
-    match = "*.mlp.*"
-    rank = 16
+    Raises OptionError, with lines, but for the options themselves: `check_options` checks these.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -72,25 +64,18 @@ def read_recipe(path: Path) -> Recipe:
         rules.append(rule)
     if problems:
         raise OptionError("\n".join(problems))
-    return Recipe(_plain(said), tuple(rules))
+    return {**from_json({_name(key): value for key, value in said.items()}), "recipe": tuple(rules)}
 
 
-def _of_manifest(path: Path, text: str) -> Recipe:
+def _of_manifest(path: Path, text: str) -> dict[str, Any]:
     try:
         said = json.loads(text)["options"]
-        rules = tuple(Rule(**rule) for rule in said.get("recipe", ()))
-        return Recipe(_plain({key: said[key] for key in OPTIONS if key in said}), rules)
+        return from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(
             f"--recipe {printable(path)}: is no TOML and no manifest of lox-stream ({error!r}). Give lox_stream.json "
             "of an output, or a TOML file"
         ) from error
-
-
-def _plain(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names, lists as tuples."""
-    named = {_name(key): value for key, value in said.items()}
-    return {key: tuple(value) if key in LISTS and isinstance(value, list) else value for key, value in named.items()}
 
 
 def _name(key: str) -> str:

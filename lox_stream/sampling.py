@@ -17,7 +17,7 @@ from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.matching import Step, matrix_name
 from lox_stream.names import listing, printable
-from lox_stream.options import Options, Rule, check_options
+from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
 
 COPY_BPS = 1e9
@@ -96,14 +96,12 @@ def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Op
 
 def _options(folder: Path, said: dict[str, Any]) -> Options:
     """The options of the run, as the manifest has them."""
-    known = {field.name: said.get(field.name, field.default) for field in fields(Options)}
-    for name in ("skip", "only", "rename"):
-        known[name] = tuple(known[name] or ())
     try:
-        known["recipe"] = tuple(Rule(**rule) for rule in known["recipe"] or ())
         if "rank" not in said:
             raise OptionError("rank is missing")
-        options = Options(**known)
+        options = Options(
+            **from_json({field.name: said[field.name] for field in fields(Options) if field.name in said})
+        )
         check_options(options)
     except (TypeError, OptionError) as error:
         raise OutputError(f"{folder}: its manifest holds options that mean nothing: {error}. {AGAIN}") from error

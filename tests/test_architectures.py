@@ -18,6 +18,7 @@ from torch import Tensor, nn
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]  # warnings of other libraries are theirs
 transformers = pytest.importorskip("transformers", reason="`make compat` has an environment with it")
 
+import exactly  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
@@ -46,9 +47,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 def extrapolated(w1: Tensor, w0: Tensor) -> Tensor:
     """By LAPACK in float64, of matrices or stacks of them."""
-    u, s, vh = torch.linalg.svd(w1.double() - w0.double(), full_matrices=False)
-    k = min(RANK, s.shape[-1])
-    return w1.double() + ALPHA * (u[..., :k] * s[..., None, :k]) @ vh[..., :k, :]
+    return exactly.extrapolated(w1, w0, RANK, ALPHA)
 
 
 def expected(module: nn.Module, name: str, w1: Tensor, w0: Tensor, apart: bool) -> Tensor:

@@ -144,7 +144,7 @@ def law_rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole(k: SimpleName
 
 
 def judge_rows(k: SimpleNamespace, m: int, n: int) -> None:
-    part = k.delta_rmatmul.part_rows(m, n)
+    part = k.products.part_rows(m, n)
     assert part < m
     w1, w0 = pair(m, n, torch.bfloat16)
     x, y, squares, some = normal(n, 70), normal(m, 70), [], []
@@ -341,7 +341,7 @@ def test_the_words_of_the_kernels_in_torch_are_the_golden_ones():
 def test_plans_know_how_finely_a_matrix_can_be_cut(kernels):
     for m in (1, 64, 65, 1000, 4096, 28672, 128256):
         for n in (1, 128, 129, 576, 8192, 28672):
-            assert part_rows(m, n) == kernels.delta_rmatmul.part_rows(m, n)
+            assert part_rows(m, n) == kernels.products.part_rows(m, n)
 
 
 @pytest.mark.gpu

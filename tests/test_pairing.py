@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from exactly import extrapolated
+from folders import write
+from safetensors.torch import load_file
 
 from lox_stream import Options, extrapolate, plan
 from lox_stream.errors import CheckpointError, LoxError, OptionError
@@ -19,13 +19,6 @@ GENERATOR = torch.Generator().manual_seed(3)
 
 def weights(*shape):
     return torch.randn(*shape, generator=GENERATOR)
-
-
-def write(folder, tensors, **config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture
@@ -45,11 +38,6 @@ def planned(sides, **options):
 
 def partners(steps):
     return {name: step.base.name for name, step in steps.items() if step.base is not None}
-
-
-def exact(w1, w0, rank=2, alpha=1.25):
-    u, s, vh = torch.linalg.svd(w1.double() - w0.double(), full_matrices=False)
-    return w1.double() + alpha * (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
@@ -163,7 +151,7 @@ def test_what_base_lacks_is_copied_where_that_is_allowed(sides, tmp_path):
     extrapolate(*pair, tmp_path / "out", options=Options(rank=2, on_missing="copy"))
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(out["b"], aligned["b"])
-    assert torch.allclose(out["a"].double(), exact(aligned["a"], base["a"]), atol=1e-5)
+    assert torch.allclose(out["a"].double(), extrapolated(aligned["a"], base["a"], 2, 1.25), atol=1e-5)
     assert planned(pair, on_missing="copy")[0]["b"].reason == "missing"
 
 
@@ -190,7 +178,7 @@ def test_of_a_vocabulary_that_grew_the_common_rows_are_extrapolated(sides, tmp_p
     assert any("are copied, for base has 32" in warning for warning in summary.warnings) == (ours > theirs)
     out, rows = load_file(tmp_path / "out" / "model.safetensors"), min(ours, theirs)
     for name in names:
-        right = exact(aligned[name][:rows], base[name][:rows]).to(dtype)
+        right = extrapolated(aligned[name][:rows], base[name][:rows], 2, 1.25).to(dtype)
         assert torch.equal(out[name][rows:], aligned[name][rows:]), "new rows are copied"
         if dtype == torch.float32:
             assert torch.allclose(out[name][:rows], right, atol=1e-5)

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from exactly import extrapolated
+from folders import write
+from safetensors.torch import load_file
 
 from lox_stream import Options, extrapolate, plan
 from lox_stream.cli import commands
@@ -44,16 +46,12 @@ def pair(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
     aligned = {name: t + 0.01 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
-    for side, tensors in (("base", base), ("aligned", aligned)):
-        (root / side).mkdir()
-        save_file(tensors, root / side / "model.safetensors", metadata={"format": "pt"})
-    return root / "base", root / "aligned"
+    return write(root / "base", base), write(root / "aligned", aligned)
 
 
 def exact(pair, name, rank, alpha):
-    w0, w1 = (load_file(side / "model.safetensors")[name].double() for side in pair)
-    u, s, vh = torch.linalg.svd(w1 - w0, full_matrices=False)
-    return w1 + alpha * (u[:, :rank] * s[:rank]) @ vh[:rank]
+    w0, w1 = (load_file(side / "model.safetensors")[name] for side in pair)
+    return extrapolated(w1, w0, rank, alpha)
 
 
 def lox(*words):
@@ -131,9 +129,7 @@ def test_matrices_that_are_solved_together_may_have_factors_of_their_own(pair, t
 def test_rounding_by_chance_is_for_the_tensors_that_a_rule_names(tmp_path):
     generator = torch.Generator().manual_seed(1)
     for side in ("base", "aligned"):
-        (tmp_path / side).mkdir()
-        tensors = {name: torch.randn(64, 32, generator=generator).bfloat16() for name in ("a", "b")}
-        save_file(tensors, tmp_path / side / "model.safetensors", metadata={"format": "pt"})
+        write(tmp_path / side, {name: torch.randn(64, 32, generator=generator).bfloat16() for name in ("a", "b")})
     outs = []
     for number, recipe in enumerate([(), (Rule("a", rounding="stochastic"),)]):
         out = tmp_path / f"out{number}"
@@ -146,11 +142,9 @@ def test_rounding_by_chance_is_for_the_tensors_that_a_rule_names(tmp_path):
 def test_tied_names_follow_the_one_that_holds_the_weights(tmp_path):
     generator = torch.Generator().manual_seed(2)
     for side in ("base", "aligned"):
-        (tmp_path / side).mkdir()
-        (tmp_path / side / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
         table = torch.randn(64, 32, generator=generator)
         tensors = {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()}
-        save_file(tensors, tmp_path / side / "model.safetensors", metadata={"format": "pt"})
+        write(tmp_path / side, tensors, tie_word_embeddings=True)
     recipe = (Rule("lm_head.weight", rank=1), Rule("*embed*", rank=4, alpha=2.0))
     extrapolate(tmp_path / "base", tmp_path / "aligned", tmp_path / "out", options=Options(recipe=recipe))
     out = load_file(tmp_path / "out" / "model.safetensors")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import write
 from safetensors.torch import load_file, save_file
 
 from lox_stream import Options, extrapolate, stream
@@ -72,13 +73,6 @@ def saved(folder, tensors, *, shards=1, name="pytorch_model"):
     return folder
 
 
-def as_safetensors(folder, tensors):
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_are_found_where_they_lie(tmp_path, dtype):
     shared = torch.arange(60).to(dtype)
@@ -104,7 +98,7 @@ def test_tensors_are_found_where_they_lie(tmp_path, dtype):
 def test_an_output_is_what_safetensors_inputs_give(tmp_path, tensors, shards):
     """On either side, in one file or in several."""
     aligned = moved(tensors)
-    base, theirs = as_safetensors(tmp_path / "base", tensors), as_safetensors(tmp_path / "aligned", aligned)
+    base, theirs = write(tmp_path / "base", tensors), write(tmp_path / "aligned", aligned)
     expected = dict(stream(base, theirs, options=Options(rank=2)))
     ours = saved(tmp_path / "base_bin", tensors, shards=shards), saved(tmp_path / "aligned_bin", aligned, shards=shards)
     for number, sides in enumerate([(ours[0], theirs), (base, ours[1]), ours]):

@@ -106,8 +106,3 @@ def partial_products(
     """
     groups = products.parts_of(launch_of, w1, w0, y, whole=whole, scale=scale, squares=squares, precision=precision)
     return products.joined(groups, 1)
-
-
-def part_rows(m: int, n: int) -> int:
-    """Rows of an (m, n) matrix that one term sums over: `products.part_of`."""
-    return products.part_of(m, n, turned=True)

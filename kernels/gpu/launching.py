@@ -69,3 +69,12 @@ def check_weights(w1: Tensor, w0: Tensor) -> None:
     for weight in (w1, w0):
         assert weight.dtype in FLOATS, f"a weight is {weight.dtype}, expected one of {FLOATS}"
         assert weight.stride(1) == 1 or weight.shape[1] == 1, "rows have to be contiguous"
+
+
+def signed32(word: int) -> int:
+    """A 32-bit word as the int32 of its bits, the type in which a kernel takes it whatever its value.
+
+    >>> signed32(0xFFFFFFFF), signed32(7)
+    (-1, 7)
+    """
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -74,12 +74,3 @@ def _mixed(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
-
-
-def signed32(word: int) -> int:
-    """A 32-bit word as the int32 of its bits, the type in which a kernel takes it whatever its value.
-
-    >>> signed32(0xFFFFFFFF), signed32(7)
-    (-1, 7)
-    """
-    return word - (1 << 32) if word >= 1 << 31 else word

@@ -36,6 +36,11 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
     return tiles_of(grains, splits) * grain
 
 
+def part_rows(m: int, n: int) -> int:
+    """Rows of an (m, n) matrix that one term of a product with the transpose sums over."""
+    return part_of(m, n, turned=True)
+
+
 def launch_of(
     kernel: Any,
     tiles: Tiles,

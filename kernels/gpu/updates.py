@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Arguments, Launch, check_weights, tiles_of
-from .numbers import by_chance, narrowed, nearest, not_finite, signed32, words16
+from .launching import Arguments, Launch, check_weights, signed32, tiles_of
+from .numbers import by_chance, narrowed, nearest, not_finite, words16
 
 BLOCK_M, BLOCK_N = 32, 128
 
