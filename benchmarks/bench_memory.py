@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from lox_stream.synthetic import llama_shapes
 
 LAYERS = (40, 80, 160)
-MOST_GROWTH = 1.1  # of the peak, from the fewest layers to the most
+# Of the peak, from the fewest layers to the most, for a byte that a side grew. Noise of the allocator is 0.04; matrices
+# that are held until the end are 0.2 and more.
+MOST_GROWTH = 0.1
 SPIKES = torch.linspace(3, 1, 8)
 
 
@@ -52,7 +54,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.layers) < 1 or list(args.layers) != sorted(set(args.layers)):
         parser.error(f"--layers is {args.layers}, expected ascending numbers over 0")
-    rows, peaks = [], {}
+    rows, peaks, sizes = [], {}, {}
     for layers in (2, 4) if args.smoke else args.layers:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -60,19 +62,18 @@ def main() -> int:
             write(folder, layers)
             paths = [f"--{side}={folder / side}" for side in ("base", "aligned", "out")]
             ran = disk.watched([sys.executable, "-P", "-m", "lox_stream", "run", *paths, "--quiet"])
-            size = (folder / "aligned" / "model.safetensors").stat().st_size
+            sizes[layers] = (folder / "aligned" / "model.safetensors").stat().st_size
         if ran.code:
             return 1
         peaks[layers] = ran.peak_anon_bytes
-        rows.append(
-            (str(layers), f"{size / 1e6:.0f} MB", f"{ran.peak_anon_bytes / 2**20:.0f} MiB", f"{ran.elapsed_s:.1f} s")
-        )
+        size, peak = f"{sizes[layers] / 1e6:.0f} MB", f"{ran.peak_anon_bytes / 2**20:.0f} MiB"
+        rows.append((str(layers), size, peak, f"{ran.elapsed_s:.1f} s"))
     heads = ("layers", "a side", "peak of anonymous memory", "time")
     finish("bench_memory", [Table("Llama-3.1-70B in small", heads, tuple(rows))], {"peaks": peaks}, args.results)
-    growth = peaks[max(peaks)] / peaks[min(peaks)]
-    if args.smoke or growth <= MOST_GROWTH:
+    added, grown = (sizes[max(sizes)] - sizes[min(sizes)], peaks[max(peaks)] - peaks[min(peaks)])
+    if args.smoke or grown <= MOST_GROWTH * added:
         return 0
-    say(f"the memory grew {growth:.2f} times, expected {MOST_GROWTH} at most")
+    say(f"the memory grew by {grown} bytes for {added} more bytes a side, expected {MOST_GROWTH} of it at most")
     return 1
 
 

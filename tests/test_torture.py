@@ -93,7 +93,7 @@ def test_a_full_disk_is_an_error_before_the_work_and_room_is_enough(pair, refere
 
 
 def test_memory_does_not_grow_with_the_layers():
-    """Llama-3.1-70B in small, and twice its layers."""
+    """Llama-3.1-70B in small: half of its layers, and twice of them."""
     program = Path(__file__).parents[1] / "benchmarks" / "bench_memory.py"
     ran = subprocess.run(
         [sys.executable, program, "--layers", "40", "160"], capture_output=True, text=True, check=False, timeout=300
