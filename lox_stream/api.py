@@ -14,14 +14,18 @@ from torch import Tensor
 
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
-from lox_stream.errors import OptionError
+from lox_stream.errors import Cancelled, OptionError
 from lox_stream.facts import TensorFacts
+from lox_stream.journal import Damage, Survey
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step
-from lox_stream.options import Options, check_platform
+from lox_stream.names import listing
+from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.reader import TORCH_DTYPES
+from lox_stream.repairing import survey
+from lox_stream.verifying import Check
 from lox_stream.writer import Output
 
 LOW_RETENTION = 0.6
@@ -50,6 +54,7 @@ class Summary:
     read_bytes: int  # of both inputs, this session
     written_bytes: int  # this session
     warnings: tuple[str, ...]  # complete messages
+    repaired: tuple[Damage, ...] | None = None  # what was damaged and is not any more; None: no repair was asked for
 
 
 def extrapolate(
@@ -60,10 +65,14 @@ def extrapolate(
     options: Options = DEFAULTS,
     resume: bool = False,
     overwrite: bool = False,
+    repair: bool = False,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Summary:
     """Write W_aligned + alpha * Proj_k(W_aligned - W_base) to the folder `out`.
+
+    `resume` goes on with an unfinished folder, `overwrite` replaces an earlier output. `repair`, together with
+    `resume`, checks every byte of a folder, finished or not, and makes again just what is not as it was written.
 
     `progress` is called from this thread several times a second. Setting `cancel` raises Cancelled within about a
     second; the folder can then be resumed. Raises LoxError of some kind for everything that is wrong with inputs,
@@ -74,8 +83,8 @@ def extrapolate(
         summary = extrapolate("base", "aligned", "out", options=Options(rank=6, alpha=1.25))
         print(summary.totals.retention)
     """
-    made = plan(base, aligned, out, options=options, resume=resume, overwrite=overwrite)
-    return execute(made, resume=resume, overwrite=overwrite, progress=progress, cancel=cancel)
+    made = plan(base, aligned, out, options=options, resume=resume, overwrite=overwrite, repair=repair)
+    return execute(made, resume=resume, overwrite=overwrite, repair=repair, progress=progress, cancel=cancel)
 
 
 def execute(
@@ -83,19 +92,24 @@ def execute(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    repair: bool = False,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Summary:
     """Carry out a plan that was made with `out`; arguments as for `extrapolate`."""
     if plan.out is None:
         raise OptionError("the plan has no output folder, expected plan(base, aligned, out)")
-    if resume and overwrite:
-        raise OptionError("resume and overwrite are both set, expected one: go on with the run, or start it anew")
+    check_ways(resume=resume, overwrite=overwrite, repair=repair)
     check_platform()
     plan = settled(plan)
     started = time.monotonic()
     cancel = cancel or threading.Event()
-    with Output(plan, resume=resume, overwrite=overwrite) as output:
+    look = _Looking(plan, progress, cancel) if repair else None
+    with Output(plan, resume=resume, overwrite=overwrite, look=look) as output:
+        if output.has_nothing_to_do:
+            warnings = (*plan.warnings, *output.warnings)
+            elapsed_s = time.monotonic() - started
+            return Summary(output.folder, totals(output.finished.values()), elapsed_s, 0, 0, warnings, repaired=())
         steps = [step for step in plan.steps if step.name not in output.finished]
         report = _Reporter(plan, steps, progress, started)
         with contextlib.closing(
@@ -109,7 +123,7 @@ def execute(
                     report(())
                 else:
                     report(event.working)
-        found = run_warnings(output.finished.values(), plan.options)
+        found = (*changed_bytes(output), *run_warnings(output.finished.values(), plan.options))
         warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
         elapsed_s = time.monotonic() - started
         output.publish(
@@ -122,7 +136,30 @@ def execute(
             read_bytes=sum(s.aligned.n_bytes + (s.base.n_bytes if s.base else 0) for s in steps),
             written_bytes=sum(s.aligned.n_bytes for s in steps),
             warnings=warnings,
+            repaired=output.survey.damaged if output.survey is not None else None,
         )
+
+
+class _Looking:
+    """A survey of the output of `plan`, with the caller's `progress` and his way to stop it."""
+
+    def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None, cancel: threading.Event) -> None:
+        self._plan, self._report, self._cancel = (
+            plan,
+            _Reporter(plan, [*plan.steps], progress, time.monotonic()),
+            cancel,
+        )
+
+    def __call__(self) -> Survey:
+        return survey(self._plan, self._seen)
+
+    def _seen(self, check: Check) -> None:
+        if self._cancel.is_set():
+            raise Cancelled("stopped on request")
+        if check.part == "tensor":
+            self._report.done_bytes += check.n_bytes
+            self._report.done_tensors += 1
+        self._report((check.name,))
 
 
 class _Reporter:
@@ -155,6 +192,18 @@ class _Reporter:
                     time.monotonic() - self.started,
                 )
             )
+
+
+def changed_bytes(output: Output) -> tuple[str, ...]:
+    """A message for the tensors that a repair did not give their old bytes."""
+    sums = output.survey.checksums if output.survey is not None else {}
+    other = [name for name, checksum in sums.items() if output.finished[name].checksum != checksum]
+    if not other:
+        return ()
+    return (
+        f"made again with other bytes than before: {listing(other)}. They are right, but their last bits come from "
+        "another version or processor, or from other weights in the inputs; the manifest has their checksums",
+    )
 
 
 def changed_inputs(plan: Plan) -> tuple[str, ...]:
@@ -239,10 +288,11 @@ def stream(
     """
     check_platform()
     made = settled(plan(base, aligned, options=options))
-    return _stream(made, cancel or threading.Event())
+    return tensors_of(made, cancel or threading.Event())
 
 
-def _stream(plan: Plan, cancel: threading.Event) -> Generator[tuple[str, Tensor], None, None]:
+def tensors_of(plan: Plan, cancel: threading.Event) -> Generator[tuple[str, Tensor], None, None]:
+    """(name, tensor) for each step of a settled plan; see `stream`."""
     events = compute(
         plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=lambda step: step.aligned.n_bytes
     )

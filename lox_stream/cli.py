@@ -75,6 +75,7 @@ class _Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
+FLAGS = ("resume", "overwrite", "repair", "dry_run", "assume", "as_json", "quiet")  # of `run`, beside Options
 FOLDER = _Folder(path_type=Path)
 DEFAULTS = Options()
 
@@ -199,6 +200,11 @@ def commands() -> None:
 @click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @click.option(
+    "--repair",
+    is_flag=True,
+    help="With --resume: check every byte in --out, finished or not, and make again just what is damaged.",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace what a run writes in --out: an earlier output, or a folder of nothing but such names.",
@@ -223,7 +229,7 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
     """
     from lox_stream.cli_run import Request, carry_out
 
-    flags = {name: given.pop(name) for name in ("resume", "overwrite", "dry_run", "assume", "as_json", "quiet")}
+    flags = {name: given.pop(name) for name in FLAGS}
     recipe = given.pop("recipe")
     if recipe is not None:
         from lox_stream.recipes import read_recipe

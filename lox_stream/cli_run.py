@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from lox_stream.errors import Cancelled, OptionError
-from lox_stream.messages import NOT_CONVERGED, echo_json, warn
-from lox_stream.names import printable
+from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
+from lox_stream.names import listing, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan, plan_summary
 from lox_stream.predicting import Prediction, parse_machine, predict
+from lox_stream.showing import counted
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class Request:
     options: Options
     resume: bool
     overwrite: bool
+    repair: bool
     dry_run: bool
     assume: str
     as_json: bool
@@ -45,6 +49,10 @@ def carry_out(request: Request) -> int:
     """Do what was asked and return the exit code; raises LoxError."""
     if request.assume and not request.dry_run:
         raise OptionError("--assume is what --dry-run predicts with, expected both. Add --dry-run, or leave it out")
+    if request.repair and request.dry_run:
+        raise OptionError(
+            "--repair and --dry-run are both given, expected one: `lox-stream verify` says what is damaged"
+        )
     machine = parse_machine(request.assume)
     with Interruption(lambda: _stopped(request)) as interruption:
         made = plan(
@@ -54,6 +62,7 @@ def carry_out(request: Request) -> int:
             options=request.options,
             resume=request.resume,
             overwrite=request.overwrite,
+            repair=request.repair,
             dry=request.dry_run,
         )
         if not request.dry_run:
@@ -101,21 +110,43 @@ def _execute(request: Request, made: Plan, interruption: Interruption) -> Summar
     from lox_stream.rendering import console_of
     from lox_stream.showing import display
 
-    with display(console_of(stderr=True), "extrapolating", quiet=request.quiet) as show, interruption.gently():
+    label = "repairing" if request.repair else "extrapolating"
+    with display(console_of(stderr=True), label, quiet=request.quiet) as show, interruption.gently():
         return execute(
-            made, resume=request.resume, overwrite=request.overwrite, progress=show, cancel=interruption.cancel
+            made,
+            resume=request.resume,
+            overwrite=request.overwrite,
+            repair=request.repair,
+            progress=show,
+            cancel=interruption.cancel,
         )
 
 
 def _show_summary(request: Request, made: Plan, summary: Summary, code: int) -> None:
     if request.as_json:
         echo_json(summary_document(summary, code))
+    elif not request.quiet and summary.repaired is not None:
+        click.echo(escaped(repaired_text(summary)))
     elif not request.quiet:
         from lox_stream.rendering import console_of, summary_table
 
         console_of().print(summary_table(summary))
     if not request.quiet:
         warn(warning for warning in summary.warnings if warning not in made.warnings)
+
+
+def repaired_text(summary: Summary) -> str:
+    """`repaired 1 of 291 tensors: NAME in FILE`, and what else was written again."""
+    damaged = summary.repaired or ()
+    if not damaged:
+        return f"nothing to repair: every byte of {summary.out} is as it was written"
+    tensors = [f"{damage.name} in {damage.file}" for damage in damaged if damage.name != damage.file]
+    others = [damage.file for damage in damaged if damage.name == damage.file]
+    lines = [f"repaired {len(tensors)} of {counted(summary.totals.tensors, 'tensor')}"]
+    lines[0] += f": {listing(tensors)}" if tensors else ""
+    if others:
+        lines.append(f"written again, but for their tensors: {listing(others)}")
+    return "\n".join(lines)
 
 
 def summary_document(summary: Summary, code: int) -> dict[str, Any]:

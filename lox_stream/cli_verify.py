@@ -13,12 +13,13 @@ from lox_stream.manifest import read_manifest
 from lox_stream.messages import echo_json, escaped
 from lox_stream.names import printable
 from lox_stream.rendering import comparison_table, console_of
-from lox_stream.sampling import Sample, choose_sample
+from lox_stream.sampling import Sample, choose_sample, planned_again
 from lox_stream.showing import budget_text, counted, display, size_text, time_text
 from lox_stream.signals import Interruption
-from lox_stream.verifying import Check, verify_checksums
+from lox_stream.verifying import Check, folder_of, verify_checksums
 
 if TYPE_CHECKING:
+    from lox_stream.locating import Wrong
     from lox_stream.recomputing import Comparison
 
 SHOWN_FAILURES = 20
@@ -36,22 +37,27 @@ class _Reach:
 def check_output(out: Path, inputs: tuple[Path, Path] | None, *, count: int, seed: int, as_json: bool) -> int:
     """Check an output and return the exit code: 0 when everything is right, 1 when something is not."""
     with Interruption(lambda: "stopped"):
-        sample = choose_sample(out, *inputs, count=count, seed=seed) if inputs is not None else None
+        if inputs is not None:
+            planned_again(folder_of(out), *inputs)  # inputs that are others are said before every byte was read
         checks = _checksums(out)
         failed = [check for check in checks if not check.ok]
-        compared = _recompute(sample) if sample is not None and not failed else []
+        sample, compared, wrong = None, [], []
+        if inputs is not None and failed:
+            wrong = _locate(out, inputs, failed)
+        elif inputs is not None:
+            sample = choose_sample(out, *inputs, count=count, seed=seed)
+            compared = _recompute(sample)
     ok = not failed and all(comparison.ok for comparison in compared)
     if as_json:
-        echo_json(_document(out, checks, sample, compared, ok))
+        echo_json(_document(out, checks, sample, compared, ok, wrong))
     else:
-        _show(out, checks, failed, sample, compared)
+        _show(out, checks, failed, compared, wrong)
     return 0 if ok else 1
 
 
 def _checksums(out: Path) -> list[Check]:
     """Every check, with its progress on stderr."""
-    folder = out if out.is_dir() else out.parent
-    total = read_manifest(folder)["totals"].get("n_bytes")
+    total = read_manifest(folder_of(out))["totals"].get("n_bytes")
     checks: list[Check] = []
     started, done = time.monotonic(), 0
     with display(console_of(stderr=True), "checking", quiet=False) as show:
@@ -61,6 +67,22 @@ def _checksums(out: Path) -> list[Check]:
             elapsed_s = time.monotonic() - started
             show(_Reach(done, max(done, total if isinstance(total, int) else 0), 0, (check.name,), elapsed_s))
     return checks
+
+
+def _locate(out: Path, inputs: tuple[Path, Path], failed: list[Check]) -> list[Wrong]:
+    """The wrong bytes, out of what is damaged made again."""
+    click.echo(f"making {counted(len(failed), 'damaged part')} again, to find the wrong bytes", err=True)
+    from lox_stream.locating import locate
+
+    return list(locate(out, *inputs, failed))
+
+
+def wrong_text(wrong: Wrong) -> str:
+    """`FILE: NAME: byte 4242 is 0x13, expected 0x12`."""
+    part = f"{wrong.check.file}: " + (f"{wrong.check.name}: " if wrong.check.part == "tensor" else "")
+    found = "missing" if wrong.found is None else f"0x{wrong.found:02x}"
+    more = f", the first of {counted(wrong.n_bytes, 'wrong byte')}" if wrong.n_bytes > 1 else ""
+    return f"{part}byte {wrong.first_byte} of the file is {found}, expected 0x{wrong.expected:02x}{more}"
 
 
 def _recompute(sample: Sample) -> list[Comparison]:
@@ -94,9 +116,7 @@ def cost_text(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def _show(
-    out: Path, checks: list[Check], failed: list[Check], sample: Sample | None, compared: list[Comparison]
-) -> None:
+def _show(out: Path, checks: list[Check], failed: list[Check], compared: list[Comparison], wrong: list[Wrong]) -> None:
     for check in failed[:SHOWN_FAILURES]:
         click.echo("error: " + escaped(check.message), err=True)
     if len(failed) > SHOWN_FAILURES:
@@ -104,25 +124,28 @@ def _show(
     where, size = printable(out), size_text(sum(check.n_bytes for check in checks))
     if failed:
         click.echo(f"FAILED: {where}: {len(failed)} of {counted(len(checks), 'check')} failed, {size} read")
-        if sample is not None:
-            click.echo("Nothing was recomputed, since the output is not what was written.")
+        for found in wrong[:SHOWN_FAILURES]:
+            click.echo(escaped(wrong_text(found)))
         return
     if compared:
         console_of().print(comparison_table(compared))
-    wrong = sum(not comparison.ok for comparison in compared)
-    if wrong:
-        click.echo(f"FAILED: {where}: {counted(wrong, 'matrix', 'matrices')} of {len(compared)} disagree with float64")
+    differing = sum(not comparison.ok for comparison in compared)
+    if differing:
+        click.echo(
+            f"FAILED: {where}: {counted(differing, 'matrix', 'matrices')} of {len(compared)} disagree with float64"
+        )
     else:
         more = f", and {counted(len(compared), 'matrix agrees', 'matrices agree')} with float64" if compared else ""
         click.echo(f"OK: {where}: {counted(len(checks), 'check')}, every byte of {size} is as it was written{more}")
 
 
 def _document(
-    out: Path, checks: list[Check], sample: Sample | None, compared: list[Comparison], ok: bool
+    out: Path, checks: list[Check], sample: Sample | None, compared: list[Comparison], ok: bool, wrong: list[Wrong]
 ) -> dict[str, Any]:
-    failed = [{"name": check.name, "message": check.message} for check in checks if not check.ok]
+    located = {found.check: found for found in wrong}
+    failed = [_failure(check, located.get(check)) for check in checks if not check.ok]
     recomputed: dict[str, Any] | None = None
-    if sample is not None and not failed:
+    if sample is not None:
         recomputed = {
             "flops": sample.flops,
             "expected_s": sample.expected_s,
@@ -139,3 +162,10 @@ def _document(
         "recomputed": recomputed,
         "exit_code": 0 if ok else 1,
     }
+
+
+def _failure(check: Check, wrong: Wrong | None) -> dict[str, Any]:
+    """A failed check; with the inputs given also the first byte that is wrong, and how many are."""
+    where = None if wrong is None else {"first_byte": wrong.first_byte, "bytes": wrong.n_bytes}
+    shown = {"name": check.name, "message": check.message, "file": check.file, "part": check.part}
+    return shown | {"first_byte": check.first_byte, "bytes": check.n_bytes, "wrong": where}

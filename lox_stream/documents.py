@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream.facts import TensorFacts
-from lox_stream.manifest import as_json, corrected_index, manifest_of, totals
+from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
 from lox_stream.output_rules import MANIFEST, MODEL_CARD
 from lox_stream.planning import Plan
+from lox_stream.sealing import sealed
 
 
 def written_documents(
@@ -20,9 +21,16 @@ def written_documents(
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
 ) -> dict[str, bytes]:
-    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`."""
+    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`.
+
+    Reads the companions, for their checksums.
+    """
     written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
     if plan.aligned.index_name is not None:
         written[plan.aligned.index_name] = as_json(corrected_index(plan.aligned))
-    facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings)
-    return written | {MANIFEST: as_json(facts)}
+    beside = {name: stamp([data]) for name, data in written.items()}
+    for relative in plan.aligned.companions:
+        if relative.as_posix() not in written:
+            beside[relative.as_posix()] = stamp_of(plan.aligned.folder / relative)
+    facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside)
+    return written | {MANIFEST: sealed(as_json(facts))}

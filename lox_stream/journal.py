@@ -27,6 +27,7 @@ from lox_stream.names import listing
 from lox_stream.options import Options, is_gpu
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
+from lox_stream.shards import source_name
 
 FORMAT = 1
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
@@ -43,6 +44,26 @@ class Replay:
     header: dict[str, Any]
     sessions: tuple[dict[str, Any], ...]
     finished: dict[str, TensorFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A tensor that is not what was written, or with `name` the same as `file` one of the other bytes of a file."""
+
+    name: str
+    file: str  # relative to the output's folder
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What of an output is right, byte by byte: where a repair begins."""
+
+    state: Replay  # its finished tensors are those that are right
+    whole: frozenset[str]  # shards that are right, under their own names
+    damaged: tuple[Damage, ...]
+    checksums: dict[str, str]  # that the damaged tensors should have
+    complete: bool  # a finished output, and not the state of a run
+    warnings: tuple[str, ...] = ()
 
 
 def finite(value: Any) -> Any:
@@ -100,17 +121,17 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def _shards(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        shard.name: {
+        source_name(shard): {
             "size": shard.size_bytes,
             "header": shard.header_hash,
-            "sample": _sample(shard),
+            "sample": sample_hash(shard),
             "mtime_ns": shard.mtime_ns,
         }
         for shard in checkpoint.shards
     }
 
 
-def _sample(shard: Shard) -> str:
+def sample_hash(shard: Shard) -> str:
     """xxh3_64 of sixteen pieces spread over the weights: all models of one architecture have the same header."""
     digest = xxhash.xxh3_64()
     first = len(shard.header)
@@ -181,10 +202,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
             refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
             continue
         for name, was in before.items():
-            changed = [key for key in ("size", "header", "sample") if was.get(key) != now[name].get(key)]
+            changed = [key for key in ("size", "header", "sample") if key in was and was[key] != now[name][key]]
             if changed:
                 refused.append(f"{side} {name}: not the file that the run began with ({', '.join(changed)} differ)")
-            elif was["mtime_ns"] != now[name]["mtime_ns"]:
+            elif was.get("mtime_ns", now[name]["mtime_ns"]) != now[name]["mtime_ns"]:
                 warned.append(f"{side} {name}: was modified since the run began; size and header are the same")
     return refused, warned
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +22,11 @@ from lox_stream import files
 from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.journal import finite, version
+from lox_stream.journal import finite, sample_hash, version
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
-from lox_stream.shards import written_bytes
+from lox_stream.sealing import opened
+from lox_stream.shards import parse_json, source_name, written_bytes
 
 FORMAT = 1
 PACKAGES = ("lox-stream", "torch", "numpy", "safetensors")
@@ -90,17 +92,19 @@ def manifest_of(
     elapsed_s: float,
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a finished run as JSON values: no NaN, no infinity, no tuple.
 
-    `elapsed_s` is the time of the last session; `sessions` are the journal's records of all of them.
+    `elapsed_s` is the time of the last session; `sessions` are the journal's records of all of them. `beside` has the
+    `stamp` of each file beside the weights.
     """
     index = plan.aligned.index_name
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "options": finite(asdict(plan.options)),
-        "inputs": {"base": _input(plan.base), "aligned": _input(plan.aligned)},
+        "inputs": {"base": input_of(plan.base), "aligned": input_of(plan.aligned)},
         "index": index,
         "shards": {shard.name: _shard(shard, finished) for shard in plan.aligned.shards},
         "tensors": {
@@ -108,6 +112,7 @@ def manifest_of(
             for shard in plan.aligned.shards
             for tensor in shard.tensors
         },
+        "files": dict(sorted((beside or {}).items())),
         "totals": finite(asdict(totals(finished.values()))),
         "warnings": list(warnings),
         "times": {
@@ -119,13 +124,34 @@ def manifest_of(
     }
 
 
-def _input(checkpoint: Checkpoint) -> dict[str, Any]:
+def input_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells an input from others, as the manifest has it."""
     return {
         "path": str(checkpoint.root),
         "shards": {
-            shard.name: {"size": shard.size_bytes, "header_xxh3_128": shard.header_hash} for shard in checkpoint.shards
+            source_name(shard): {
+                "size": shard.size_bytes,
+                "header_xxh3_128": shard.header_hash,
+                "sample_xxh3_64": sample_hash(shard),
+            }
+            for shard in checkpoint.shards
         },
     }
+
+
+def stamp(pieces: Iterable[bytes]) -> dict[str, Any]:
+    """Size and checksum of a file, out of its content in pieces."""
+    digest, size = xxhash.xxh3_128(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def stamp_of(path: Path) -> dict[str, Any]:
+    """The `stamp` of a file on disk; raises OSError."""
+    with path.open("rb") as file:
+        return stamp(files.read_pieces(file.fileno(), 0, os.fstat(file.fileno()).st_size))
 
 
 def _shard(shard: Shard, finished: Mapping[str, TensorFacts]) -> dict[str, Any]:
@@ -159,14 +185,17 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished output. Raises OutputError: none there, not ours, or of a newer format."""
+    """The manifest of a finished output, one flipped bit of it put right.
+
+    Raises OutputError: none there, not ours, or of a newer format.
+    """
     path = folder / MANIFEST
     if not path.exists():
         raise OutputError(f"{path}: no such file: {folder} is not a finished output of lox-stream. Check the path")
     with files.explained(path, "read the manifest", "Check its permissions and its disk."):
-        data = path.read_bytes()
+        data = opened(path.read_bytes()).data
     try:
-        found = json.loads(data)
+        found, _ = parse_json(data)
     except ValueError as error:
         raise OutputError(f"{path}: is not JSON: {error}. Run again with --overwrite to make it new") from error
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):

@@ -145,6 +145,14 @@ def check_platform() -> None:
         )
 
 
+def check_ways(*, resume: bool, overwrite: bool, repair: bool) -> None:
+    """Raise OptionError for ways to treat an output folder that exclude each other."""
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite are both given, expected one: go on with the run, or start it anew")
+    if repair and not resume:
+        raise OptionError("--repair is given without --resume, expected both: it goes on from what is right")
+
+
 def _whole_number(option: str, value: object, low: int, high: int | None, hint: str) -> list[str]:
     if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
         return []

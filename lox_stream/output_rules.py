@@ -35,6 +35,7 @@ def output_problems(
     *,
     resume: bool,
     overwrite: bool,
+    repair: bool = False,
     dry: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Problems and warnings of an output folder for these inputs.
@@ -51,11 +52,13 @@ def output_problems(
     except OSError as error:
         return [f"{shown}: cannot be listed: {error.strerror}. Choose another --out or change its permissions"], []
     warnings: list[str] = []
+    if repair and not {JOURNAL, MANIFEST} & {*held}:
+        return [_unknown(out, held)], []
     if held and not (resume or overwrite):
         problems.append(_not_empty(out, held))
     elif held and catalogue is not None:
-        problems += _content_problems(out, held, catalogue, resume=resume)
-    if resume and JOURNAL not in held:
+        problems += _content_problems(out, held, catalogue, resume=resume, repair=repair)
+    if resume and not repair and JOURNAL not in held:
         warnings.append(f"{shown}: holds no unfinished run; --resume starts from the beginning")
     if catalogue is not None and not problems:
         (warnings if dry else problems).extend(_space_problems(out, catalogue, resume=resume))
@@ -135,17 +138,26 @@ def _not_empty(out: Path, held: Iterable[str]) -> str:
     )
 
 
-def _content_problems(out: Path, held: tuple[str, ...], aligned: Checkpoint, *, resume: bool) -> list[str]:
+def _unknown(out: Path, held: Iterable[str]) -> str:
+    return (
+        f"{printable(out)}: cannot be repaired: found {listing(held) or 'nothing'}, expected {MANIFEST} or {JOURNAL}, "
+        "which tell what was written. Start anew, with --overwrite if the folder holds an earlier output"
+    )
+
+
+def _content_problems(
+    out: Path, held: tuple[str, ...], aligned: Checkpoint, *, resume: bool, repair: bool = False
+) -> list[str]:
     """What the folder holds already must be ours, and nothing in it may lead elsewhere or be loaded instead."""
     shown = printable(out)
     ours = set(output_names(aligned))
     foreign = [name for name in held if name not in ours]
-    if resume and JOURNAL in held:
+    if resume and (JOURNAL in held or repair):
         return _link_problems(out, aligned)  # whether it is a journal of this run, the journal's own check says
     if resume and MANIFEST in held:
         return [
             f"{shown}: holds a finished run (found {MANIFEST}), expected an unfinished one. There is "
-            "nothing to resume: use it as it is, or start anew with --overwrite"
+            "nothing to resume: use it as it is, mend it with --resume --repair, or start anew with --overwrite"
         ]
     if foreign and not (MANIFEST in held or JOURNAL in held):
         return [

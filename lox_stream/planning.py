@@ -14,7 +14,7 @@ from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, Opti
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match
 from lox_stream.names import printable
-from lox_stream.options import Options, check_options, gpu_count, is_gpu
+from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
 
@@ -44,6 +44,7 @@ def plan(
     options: Options = DEFAULTS,
     resume: bool = False,
     overwrite: bool = False,
+    repair: bool = False,
     dry: bool = False,
 ) -> Plan:
     """Open both checkpoints, pair them, and check the output folder; reads headers only and writes nothing.
@@ -54,8 +55,7 @@ def plan(
     CheckpointError, or as OutputError, OptionError or MemoryBudgetError where all of them are of that one kind.
     """
     check_options(options)
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite are both given, expected one: go on with the run, or start it anew")
+    check_ways(resume=resume, overwrite=overwrite, repair=repair)
     problems = _Problems()
     target = Path(out).absolute() if out is not None else None
     opened_base, opened_aligned = problems.open(base, "base"), problems.open(aligned, "aligned")
@@ -70,7 +70,9 @@ def plan(
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:
         roots = Path(base).absolute(), Path(aligned).absolute()
-        found, more = output_problems(target, *roots, opened_aligned, resume=resume, overwrite=overwrite, dry=dry)
+        found, more = output_problems(
+            target, *roots, opened_aligned, resume=resume, overwrite=overwrite, repair=repair, dry=dry
+        )
         problems.output += found
         warnings += more
         if opened_aligned is not None:

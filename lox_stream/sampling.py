@@ -14,11 +14,12 @@ from typing import Any
 from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.costs import EXACT_FLOPS, exact_bytes, exact_flops
 from lox_stream.errors import CheckpointError, OptionError, OutputError
-from lox_stream.manifest import read_manifest
+from lox_stream.manifest import input_of, read_manifest
 from lox_stream.matching import Step, matrix_name
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
+from lox_stream.verifying import folder_of
 
 COPY_BPS = 1e9
 AGAIN = "Run again with --overwrite"
@@ -86,15 +87,20 @@ def choose_sample(out: str | Path, base: str | Path, aligned: str | Path, *, cou
 
 def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Options, list[Unit]]:
     """The options of a finished run and every matrix of its output; errors as for `choose_sample`."""
-    folder = Path(out) if Path(out).is_dir() else Path(out).parent
+    folder = folder_of(out)
+    made = planned_again(folder, base, aligned)
+    return made.options, list(_units(made, open_checkpoint(out), read_manifest(folder)["tensors"], folder))
+
+
+def planned_again(folder: Path, base: str | Path, aligned: str | Path) -> Plan:
+    """The plan that a finished output was made by, but for its folder; errors as for `choose_sample`."""
     said = read_manifest(folder)
-    options = _options(folder, said["options"])
-    made = plan(base, aligned, options=options)
+    made = plan(base, aligned, options=options_of(folder, said["options"]))
     _check_inputs(said["inputs"], made)
-    return options, list(_units(made, open_checkpoint(out), said["tensors"], folder))
+    return made
 
 
-def _options(folder: Path, said: dict[str, Any]) -> Options:
+def options_of(folder: Path, said: dict[str, Any]) -> Options:
     """The options of the run, as the manifest has them."""
     try:
         if "rank" not in said:
@@ -113,19 +119,26 @@ def _check_inputs(said: dict[str, Any], made: Plan) -> None:
     problems = []
     for side, checkpoint in (("base", made.base), ("aligned", made.aligned)):
         record = said.get(side)
-        expected = record.get("shards", {}) if isinstance(record, dict) else {}
-        found = {
-            shard.name: {"size": shard.size_bytes, "header_xxh3_128": shard.header_hash} for shard in checkpoint.shards
-        }
-        wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+        shards = record.get("shards") if isinstance(record, dict) else None
+        expected = shards if isinstance(shards, dict) else {}
+        found = input_of(checkpoint)["shards"]
+        wrong = [name for name in {**expected, **found} if not agree(expected.get(name), found.get(name))]
         if wrong:
             was = record.get("path") if isinstance(record, dict) else None
             problems.append(
-                f"{side}: {printable(checkpoint.root)}: is not what the output was made from: size or header differ "
-                f"from the manifest's in {listing(wrong)}. Give the one that was used: {printable(str(was))}"
+                f"{side}: {printable(checkpoint.root)}: is not what the output was made from: size, header or a sample "
+                f"of the weights differ from the manifest's in {listing(wrong)}. "
+                f"Give the one that was used: {printable(str(was))}"
             )
     if problems:
         raise CheckpointError(problems)
+
+
+def agree(said: Any, found: Any) -> bool:
+    """Whether a file is the one that the manifest speaks of, as far as that tells."""
+    if not isinstance(said, dict) or not isinstance(found, dict):
+        return False
+    return {"sample_xxh3_64": found["sample_xxh3_64"], **said} == found  # manifests of old have no sample
 
 
 def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:

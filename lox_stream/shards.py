@@ -62,6 +62,7 @@ class Shard:
     header_hash: str  # xxh3_128 of `header`, hexadecimal
     tensors: tuple[TensorInfo, ...]  # by offset
     written_bytes: int | None = None  # size of the safetensors file which is written; None: the same
+    read_as: str | None = None  # its name as found; None: the same
 
 
 def read_shard(path: Path, name: str | None = None) -> Shard:
@@ -82,6 +83,11 @@ def read_shard(path: Path, name: str | None = None) -> Shard:
     _ask_safetensors(path, real)
     digest = xxhash.xxh3_128_hexdigest(header)
     return Shard(name or path.name, real, status.st_size, status.st_mtime_ns, header, digest, tensors)
+
+
+def source_name(shard: Shard) -> str:
+    """The name that a shard was read by: "pytorch_model.bin"."""
+    return shard.name if shard.read_as is None else shard.read_as
 
 
 def written_bytes(shard: Shard) -> int:
@@ -121,6 +127,11 @@ def unreadable(path: Path, error: Exception) -> str:
 def disguise(head: bytes) -> str | None:
     """What a file is when its first bytes are of no safetensors file and of no JSON, with the way out."""
     return next((text for magic, text in _DISGUISES if head.startswith(magic)), None)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path leads to a plain file: a pipe or a device would be waited for, or read for ever."""
+    return stat.S_ISREG(path.stat().st_mode)
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:

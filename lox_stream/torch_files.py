@@ -85,8 +85,9 @@ def read_torch_file(path: Path, name: str | None = None) -> Shard:
     header, infos = _as_safetensors(path, real, found, starts)
     digest = xxhash.xxh3_128_hexdigest(header)
     size = len(header) + sum(info.n_bytes for info in infos)
+    found_as = name or path.name
     return Shard(
-        safetensors_name(name or path.name), real, status.st_size, status.st_mtime_ns, header, digest, infos, size
+        safetensors_name(found_as), real, status.st_size, status.st_mtime_ns, header, digest, infos, size, found_as
     )
 
 

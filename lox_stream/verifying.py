@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
 from lox_stream import files
-from lox_stream.manifest import joined, read_manifest
+from lox_stream.manifest import joined, read_manifest, stamp_of
 from lox_stream.names import is_plain_relative, listing, printable
+from lox_stream.output_rules import MANIFEST
+from lox_stream.sealing import opened
+from lox_stream.shards import is_regular, parse_json
 
-DAMAGED = "It is not what was written: run again with --overwrite, or restore it from a copy"
+DAMAGED = "It is not what was written: make it again with `run ... --resume --repair`, or restore it from a copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +28,42 @@ class Check:
     ok: bool
     message: str  # what is wrong, found, expected, way out; empty if nothing is
     n_bytes: int = 0  # read for it
+    file: str = ""  # relative to the folder
+    part: Literal["tensor", "header", "file"] = "file"
+    first_byte: int = 0  # of the file: where the part begins
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor lies in its file, and the checksum that it should have."""
+
+    name: str
+    start: int
+    n_bytes: int
+    checksum: str
 
 
 def verify_checksums(out: str | Path) -> Iterator[Check]:
-    """Check the index, and of each shard its size, header and every tensor; yields as it goes, problems included.
+    """Check the manifest, the files beside the weights, and of each shard its header and every tensor, and its size.
 
-    `out` is the folder or its weight file. Reads every byte once, in pieces of 1 MiB, and gives the page cache back.
-    Raises OutputError when there is no manifest that can be read.
+    `out` is the folder or its weight file. Yields as it goes, problems included. Reads every byte once, in pieces of
+    1 MiB, and gives the page cache back. Raises OutputError when there is no manifest that can be read.
     """
-    folder = Path(out) if Path(out).is_dir() else Path(out).parent
+    folder = folder_of(out)
     found = read_manifest(folder)
-    if found.get("index") is not None:
+    yield from _seal(folder)
+    beside = _value(found, "files")
+    yield from check_files(folder, beside)
+    if found.get("index") is not None and not (isinstance(beside, dict) and found["index"] in beside):
         yield _index(folder, str(found["index"]), found["tensors"])
     for name, said in found["shards"].items():
         rows = {tensor: row for tensor, row in found["tensors"].items() if _value(row, "shard") == name}
-        try:
-            yield from _shard(folder, name, said, rows)
-        except OSError as error:
-            yield Check(name, False, f"{folder / name}: cannot be read: {error.strerror}. {DAMAGED}")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # its header's hash is right, and yet
-            yield Check(name, False, f"{folder / name}: its header is none of safetensors': {error!r}. {DAMAGED}")
+        yield from _shard(folder, name, said, rows)
+
+
+def folder_of(out: str | Path) -> Path:
+    """The folder of an output that was named by itself or by its weight file."""
+    return Path(out) if Path(out).is_dir() else Path(out).parent
 
 
 def _value(record: Any, key: str) -> Any:
@@ -53,58 +71,135 @@ def _value(record: Any, key: str) -> Any:
     return record.get(key) if isinstance(record, dict) else None
 
 
-def _index(folder: Path, name: str, tensors: dict[str, Any]) -> Check:
-    """The index has to name every tensor of the manifest in its shard."""
+def _failed(folder: Path, name: str, problem: str, way_out: str = DAMAGED) -> Check:
+    return Check(name, False, f"{printable(folder / name)}: {problem}. {way_out}", file=name)
+
+
+def _seal(folder: Path) -> Iterator[Check]:
+    """The manifest against its own checksum, where it has one."""
+    found = opened((folder / MANIFEST).read_bytes())
+    if found.state == "whole":
+        yield Check(MANIFEST, True, "", len(found.data), MANIFEST)
+    elif found.state == "mended":
+        problem = f"a bit of byte {found.at} is flipped, and read here as it was written"
+        yield _failed(folder, MANIFEST, problem, "Put it right with `run ... --resume --repair`")
+    elif found.state == "broken":
+        problem = "was changed or damaged, so that what it says of the other files cannot be trusted"
+        yield _failed(folder, MANIFEST, problem, "Restore it from a copy, or run again with --overwrite")
+
+
+def check_files(folder: Path, beside: Any) -> Iterator[Check]:
+    """The files beside the weights: `{name: {"size": ..., "xxh3_128": ...}}` of a manifest."""
+    for name, said in beside.items() if isinstance(beside, dict) else ():
+        problem = _unusable(folder, name)
+        if problem:
+            yield _failed(folder, name, problem)
+            continue
+        try:
+            found = stamp_of(folder / name)
+        except OSError as error:
+            yield _failed(folder, name, f"cannot be read: {error.strerror}")
+            continue
+        wrong = [
+            f"{key} {found[key]}, expected {_value(said, key)}" for key in found if found[key] != _value(said, key)
+        ]
+        if wrong:
+            yield _failed(folder, name, f"found {' and '.join(wrong)}")
+        else:
+            yield Check(name, True, "", found["size"], name)
+
+
+def _unusable(folder: Path, name: str) -> str:
+    """Why a file that a manifest names cannot be looked at; nothing if it can."""
     if not is_plain_relative(name):
-        return Check(name, False, f"{folder}: the manifest names the index {printable(name)!r}, outside the folder")
+        return "is a name of the manifest that leads outside the folder"
+    if not (folder / name).exists():
+        return "is missing"
+    return "" if is_regular(folder / name) else "is a folder, device, pipe or socket, expected a file"
+
+
+def _index(folder: Path, name: str, tensors: dict[str, Any]) -> Check:
+    """The index has to name every tensor of the manifest in its shard; for a manifest that has no checksum of it."""
+    if problem := _unusable(folder, name):
+        return _failed(folder, name, problem)
     try:
-        weight_map = _value(json.loads((folder / name).read_bytes()), "weight_map")
+        weight_map = _value(parse_json((folder / name).read_bytes())[0], "weight_map")
     except (OSError, ValueError) as error:
-        return Check(name, False, f"{folder / name}: cannot be read: {error}. {DAMAGED}")
+        return _failed(folder, name, f"cannot be read: {error}")
     wrong = [tensor for tensor, row in tensors.items() if _value(weight_map, tensor) != _value(row, "shard")]
     if wrong:
-        return Check(name, False, f"{folder / name}: does not lead to {listing(wrong)}. {DAMAGED}")
-    return Check(name, True, "")
+        return _failed(folder, name, f"does not lead to {listing(wrong)}")
+    return Check(name, True, "", file=name)
 
 
 def _shard(folder: Path, name: str, said: Any, rows: dict[str, Any]) -> Iterator[Check]:
-    path = folder / name
-    if not is_plain_relative(name):
-        yield Check(name, False, f"{folder}: the manifest names a shard {printable(name)!r}, outside the folder")
+    """Header, size and tensors; where these lie follows from the manifest, whatever the header has become."""
+    problem = _unusable(folder, name)
+    sizes = [_value(row, "n_bytes") for row in rows.values()]
+    size = _value(said, "size")
+    if not problem and not all(type(n_bytes) is int and n_bytes >= 0 for n_bytes in (size, *sizes)):
+        problem = "the manifest does not say how long it or its tensors are"
+    elif not problem and size < sum(sizes):
+        problem = f"the manifest says {size} bytes, and {sum(sizes)} of its tensors"
+    if problem:
+        yield _failed(folder, name, problem)
         return
-    with path.open("rb") as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        header = b"" if 8 + length > size_bytes else os.pread(file.fileno(), 8 + length, 0)
-        if xxhash.xxh3_128_hexdigest(header) != _value(said, "header_xxh3_128"):
-            yield Check(
-                name, False, f"{path}: its header differs from the manifest's, its tensors cannot be found. {DAMAGED}"
-            )
-            return
-        expected = _value(said, "size")
-        same = size_bytes == expected
-        message = "" if same else f"{path}: found {size_bytes} bytes, expected {expected}. {DAMAGED}"
-        yield Check(name, same, message, len(header))
-        yield from _tensors(file.fileno(), path, header, said, rows)
+    start = n_header = size - sum(sizes)
+    spans = []
+    for (tensor, row), n_bytes in zip(rows.items(), sizes, strict=True):
+        spans.append(Span(tensor, start, n_bytes, str(_value(row, "xxh3_128"))))
+        start += n_bytes
+    whole = True
+    for check in check_shard(folder, name, size, n_header, str(_value(said, "header_xxh3_128")), spans):
+        whole = whole and check.ok
+        yield check
+    if whole and _joined(spans) != _value(said, "tensors_xxh3_128"):
+        yield _failed(folder, name, "its tensors together differ from the manifest's checksum")
 
 
-def _tensors(fd: int, path: Path, header: bytes, said: Any, rows: dict[str, Any]) -> Iterator[Check]:
-    """Every tensor of a shard whose header is the one that was written."""
-    entries = json.loads(header[8:])
-    entries.pop("__metadata__", None)
-    digests = []
-    for name in sorted(entries, key=lambda name: tuple(entries[name]["data_offsets"])):
-        begin, end = entries[name]["data_offsets"]
-        digest = xxhash.xxh3_128()
-        for piece in files.read_pieces(fd, len(header) + begin, end - begin):
-            digest.update(piece)
-        files.drop_cache(fd, len(header) + begin, max(1, end - begin))
-        digests.append(digest.hexdigest())
-        expected = _value(rows.get(name), "xxh3_128")
-        same = digests[-1] == expected
-        message = f"{path}: {printable(name)}: found xxh3_128 {digests[-1]}, expected {expected}. {DAMAGED}"
-        yield Check(name, same, "" if same else message, end - begin)
-    if gone := sorted(rows.keys() - entries.keys()):
-        yield Check(path.name, False, f"{path}: does not hold {listing(gone)}, which the manifest names. {DAMAGED}")
-    if joined(digests) != _value(said, "tensors_xxh3_128"):
-        yield Check(path.name, False, f"{path}: its tensors together differ from the manifest's checksum. {DAMAGED}")
+def _joined(spans: Iterable[Span]) -> str | None:
+    """The checksum of the tensors' checksums; None if some of these are none."""
+    try:
+        return joined(span.checksum for span in spans)
+    except ValueError:
+        return None
+
+
+def check_shard(
+    folder: Path, name: str, size: int, n_header: int, header_hash: str, spans: Iterable[Span]
+) -> Iterator[Check]:
+    """One file of weights, of whatever name: its header of `n_header` bytes, its `size`, and its tensors."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            fd = file.fileno()
+            found = _hash(fd, 0, n_header)
+            if found != header_hash:
+                problem = f"its header (bytes 0 to {n_header}) has xxh3_128 {found}, expected {header_hash}"
+                yield Check(name, False, f"{printable(path)}: {problem}. {DAMAGED}", n_header, name, "header")
+            else:
+                yield Check(name, True, "", n_header, name, "header")
+            if (found_size := os.fstat(fd).st_size) != size:
+                yield _failed(folder, name, f"found {found_size} bytes, expected {size}")
+            for span in spans:
+                yield _tensor(fd, path, name, span)
+    except OSError as error:
+        yield _failed(folder, name, f"cannot be read: {error.strerror}")
+
+
+def _tensor(fd: int, path: Path, file: str, span: Span) -> Check:
+    found = _hash(fd, span.start, span.n_bytes)
+    files.drop_cache(fd, span.start, max(1, span.n_bytes))
+    message = ""
+    if found != span.checksum:
+        where = f"bytes {span.start} to {span.start + span.n_bytes} of the file"
+        problem = f"{printable(span.name)} ({where}) has xxh3_128 {found}, expected {printable(span.checksum)}"
+        message = f"{printable(path)}: {problem}. {DAMAGED}"
+    return Check(span.name, not message, message, span.n_bytes, file, "tensor", span.start)
+
+
+def _hash(fd: int, start: int, n_bytes: int) -> str:
+    digest = xxhash.xxh3_128()
+    for piece in files.read_pieces(fd, start, n_bytes):
+        digest.update(piece)
+    return digest.hexdigest()

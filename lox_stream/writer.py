@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from lox_stream.checkpoint import Shard
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
-from lox_stream.journal import Journal, Replay, differences, identity, replay, session
+from lox_stream.journal import Journal, Replay, Survey, differences, identity, replay, session
 from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import GO_ON, Place
@@ -31,16 +33,28 @@ def resumable(plan: Plan) -> tuple[Replay | None, list[str]]:
     """What the journal in the output folder says, or None, and warnings; ResumeError if it is of another run."""
     assert plan.out is not None, "a plan that writes has a folder"
     state = replay(plan.out)
-    if state is None:
-        return None, []
-    refused, warned = differences(state.header, identity(plan))
+    return (None, []) if state is None else (state, agreed(plan, state.header))
+
+
+def agreed(plan: Plan, began: Mapping[str, Any]) -> list[str]:
+    """Warnings of a plan that is to go on with what has the identity `began`; ResumeError if that is another run."""
+    refused, warned = differences(began, identity(plan))
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)
         raise ResumeError(
             f"{plan.out}: cannot be resumed, this is another run:{lines}\n"
             "Give the inputs and options it began with, or start again with --overwrite"
         )
-    return state, warned
+    return warned
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file may be written in place: no link, and under no second name, as a copy by `cp -l` would be."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 class Output:
@@ -50,27 +64,43 @@ class Output:
     worked on it, `warnings` what a person should know. Left without `publish` it keeps its .partial files and its
     journal, for --resume. Raises OutputError: the folder is in use, full or not writable; ResumeError: its state
     is of another run.
+
+    With `look`, which is called when the folder is locked, the run repairs: it goes on from the `survey` that `look`
+    returns, and touches nothing where that is complete and names no damage.
     """
 
-    def __init__(self, plan: Plan, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        look: Callable[[], Survey] | None = None,
+    ) -> None:
         assert plan.out is not None, "a plan without a folder cannot be written"
         assert not (resume and overwrite), "planning refuses these two together"
         self.plan, self.folder, self._resume, self._overwrite = plan, plan.out, resume, overwrite
+        self._look = look
+        self.survey: Survey | None = None
         self.finished: dict[str, TensorFacts] = {}
         self.sessions: tuple[dict[str, Any], ...] = ()
         self.warnings: list[str] = []
         self._renamed: set[str] = set()  # shards that an earlier session published
         self._fds: dict[str, int] = {}  # of the others
         self._shard_of = {tensor.name: shard for shard in plan.aligned.shards for tensor in shard.tensors}
+        self._committer: Committer | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack, files.explained(self.folder, "prepare the output", AGAIN):
             self._lock(stack)
             before = self._before()
+            if self.has_nothing_to_do:
+                self.finished, self._stack = dict(before.finished), stack.pop_all()
+                return self
             with contextlib.ExitStack() as undo:
                 self._journal = self._begin(before, stack, undo)
-                if len(before.finished) < len(self._shard_of):
+                if self.survey is not None or len(before.finished) < len(self._shard_of):
                     self._retract()
                 for shard in self.plan.aligned.shards:
                     self._reserve(shard, stack, undo)
@@ -78,6 +108,11 @@ class Output:
             self._committer = Committer(self._journal)
             self._stack = stack.pop_all()
         return self
+
+    @property
+    def has_nothing_to_do(self) -> bool:
+        """Whether a repair found a finished output with no damage."""
+        return self.survey is not None and self.survey.complete and not self.survey.damaged
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
         files.make_folder(self.folder)
@@ -98,7 +133,12 @@ class Output:
         return "is being written by another process"
 
     def _before(self) -> Replay:
-        """What this run builds on: the journal when resuming, or nothing."""
+        """What this run builds on: what is right when repairing, the journal when resuming, or nothing."""
+        if self._look is not None:
+            self.survey = self._look()
+            self.warnings += self.survey.warnings
+            self._renamed |= self.survey.whole
+            return self.survey.state
         state, warned = resumable(self.plan) if self._resume else (None, [])
         new = identity(self.plan)
         if state is None:
@@ -128,7 +168,9 @@ class Output:
         if self._overwrite:
             return
         if self._resume and (self.folder / MANIFEST).exists():
-            raise ResumeError(f"{self.folder}: is finished, there is nothing to resume; --overwrite runs it again")
+            raise ResumeError(
+                f"{self.folder}: is finished, there is nothing to resume; --repair mends it, --overwrite runs it again"
+            )
         found = [name for name in output_names(self.plan) if (self.folder / name).exists()]
         if any(not name.endswith(PARTIAL) for name in found):
             raise OutputError(
@@ -160,6 +202,9 @@ class Output:
         if shard.name in self._renamed:
             return
         files.make_folder(path.parent)
+        if self.survey is not None and not path.exists() and is_own(self.folder / shard.name):
+            (self.folder / shard.name).replace(path)
+            files.sync_folder(path.parent)
         if not path.exists():
             undo.callback(path.unlink, missing_ok=True)
         with files.explained(path, f"reserve {written_bytes(shard):,} bytes", AGAIN):
@@ -181,6 +226,7 @@ class Output:
 
     def done(self, facts: TensorFacts) -> None:
         """Hand in a tensor all of whose bytes were written. Raises OutputError if an earlier one was not synced."""
+        assert self._committer is not None, "a folder with nothing to do has no places"
         self._committer.put(facts, self.place(facts.name))
         self.finished[facts.name] = facts
 
@@ -192,6 +238,7 @@ class Output:
         """
         missing = self._shard_of.keys() - self.finished.keys()
         assert not missing, f"not finished: {sorted(missing)[:3]}"
+        assert self._committer is not None, "a folder with nothing to do is published"
         self._committer.finish()
         self._committer.check()
         last = [name for name in (self.plan.aligned.index_name, MANIFEST) if name is not None]
@@ -230,6 +277,8 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
+            if self._committer is None:
+                return
             self._committer.finish(stopping=isinstance(error, Cancelled | KeyboardInterrupt | GeneratorExit))
             if error is None:
                 self._committer.check()

@@ -400,7 +400,7 @@ def test_the_callers_event_is_read_and_never_set(pair):
 def test_a_plan_without_a_folder_cannot_be_executed(pair, tmp_path):
     with pytest.raises(OptionError, match="no output folder"):
         lox_stream.execute(lox_stream.plan(*pair))
-    with pytest.raises(OptionError, match="resume and overwrite"):
+    with pytest.raises(OptionError, match="--resume and --overwrite"):
         lox_stream.execute(lox_stream.plan(*pair, tmp_path / "out"), resume=True, overwrite=True)
 
 

@@ -24,6 +24,7 @@ from lox_stream.synthetic import llama_shapes, write_pair
 RUN_OPTIONS = (
     *("--base", "--aligned", "--out", "--rank", "--alpha", "--svd", "--tolerance", "--skip", "--only", "--rounding"),
     *("--seed", "--on-nonfinite", "--device", "--memory", "--threads", "--resume", "--overwrite", "--dry-run"),
+    "--repair",
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
     "--recipe",
     *("--json", "--quiet"),

@@ -116,7 +116,7 @@ def content(folder: Path) -> dict[str, bytes]:
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if MANIFEST in found:
         manifest = json.loads(found[MANIFEST])
-        del manifest["times"]
+        del manifest["times"], manifest["seal"]
         found[MANIFEST] = json.dumps(manifest).encode()
     return found
 

@@ -1,0 +1,125 @@
+"""What of an output is damaged, and the state from which a run makes just that again.
+
+The survey trusts no file: every tensor that a manifest or a journal calls finished is held against its checksum there,
+every header against the plan. What is right is what an interrupted run would have finished, so that a repair is a
+resumed run, and a crash of it leaves one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lox_stream.errors import OutputError
+from lox_stream.facts import TensorFacts
+from lox_stream.files import partial
+from lox_stream.journal import Damage, Replay, Survey, byte_options, identity, tensor_facts
+from lox_stream.manifest import read_manifest
+from lox_stream.output_rules import MANIFEST
+from lox_stream.planning import Plan
+from lox_stream.sampling import options_of
+from lox_stream.sealing import opened
+from lox_stream.shards import Shard, is_regular, written_bytes
+from lox_stream.verifying import Check, Span, check_files, check_shard
+from lox_stream.writer import agreed, is_own, resumable
+
+AGAIN = "Start again with --overwrite"
+Seen = Callable[[Check], None]
+
+
+def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
+    """Look through the output of `plan`, finished or not; reads every byte of it once and writes nothing.
+
+    `seen` is called after each tensor and file; what it raises ends the survey. Raises ResumeError for the output of
+    another run, OutputError for a manifest whose facts are lost.
+    """
+    assert plan.out is not None, "a plan that repairs has a folder"
+    state, warnings = resumable(plan)
+    complete = state is None
+    damaged: list[Damage] = []
+    if state is None:
+        found = read_manifest(plan.out)
+        state = _state_of(plan, found)
+        warnings = agreed(plan, state.header)
+        damaged += _beside(plan.out, found, seen)
+    known = {name: facts for name, facts in state.finished.items() if name in plan.aligned.tensors}
+    right: dict[str, TensorFacts] = {}
+    whole = set()
+    for shard in plan.aligned.shards:
+        failed = _damage(plan.out, shard, known, seen)
+        lost = {damage.name for damage in failed}
+        damaged += failed
+        right |= {info.name: known[info.name] for info in shard.tensors if info.name in known.keys() - lost}
+        if not failed and not partial(plan.out / shard.name).exists() and all(t.name in known for t in shard.tensors):
+            whole.add(shard.name)
+    sums = {damage.name: known[damage.name].checksum for damage in damaged if damage.name in known}
+    now = Replay(identity(plan), state.sessions, right)
+    return Survey(now, frozenset(whole), tuple(damaged), sums, complete, tuple(warnings))
+
+
+def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: Seen) -> list[Damage]:
+    """Each finished tensor of a shard that is not what was written, and the shard itself if its header or size is."""
+    finished = [info for info in shard.tensors if info.name in known]
+    path = folder / shard.name
+    name = shard.name + ".partial" if partial(path).exists() else shard.name
+    if not finished and not (shard.tensors == () and (folder / name).exists()):
+        return []
+    lost = [Damage(info.name, shard.name) for info in finished] or [Damage(shard.name, shard.name)]
+    if not (folder / name).exists() or not is_regular(folder / name):
+        return lost
+    spans = [
+        Span(info.name, info.start if info.place is None else info.place, info.n_bytes, known[info.name].checksum)
+        for info in finished
+    ]
+    failed = []
+    for check in check_shard(folder, name, written_bytes(shard), len(shard.header), shard.header_hash, spans):
+        seen(check)
+        if not check.ok:
+            failed.append(Damage(check.name if check.part == "tensor" else shard.name, shard.name))
+    return lost if failed and not is_own(folder / name) else list(dict.fromkeys(failed))
+
+
+def _beside(folder: Path, found: Mapping[str, Any], seen: Seen) -> list[Damage]:
+    """The manifest itself, where a bit of it was put right, and the damaged files beside the weights.
+
+    Raises OutputError where the manifest was changed, so that nobody knows what of it is true.
+    """
+    state = opened((folder / MANIFEST).read_bytes()).state
+    if state == "broken":
+        raise OutputError(
+            f"{folder / MANIFEST}: was changed or damaged beyond one bit, and with it the checksums of the weights: "
+            f"nothing can be told from them. Restore it from a copy. {AGAIN}, which computes everything"
+        )
+    failed = [MANIFEST] if state == "mended" else []
+    for check in check_files(folder, found.get("files")):
+        seen(check)
+        if not check.ok:
+            failed.append(check.name)
+    return [Damage(name, name) for name in failed]
+
+
+def _state_of(plan: Plan, found: Mapping[str, Any]) -> Replay:
+    """What the journal of a finished run would say, out of its manifest."""
+    assert plan.out is not None, "a plan that repairs has a folder"
+    try:
+        began = {
+            "versions": {name: found["versions"][name] for name in ("lox-stream", "torch")},
+            "options": byte_options(options_of(plan.out, found["options"])),
+            "inputs": {side: _inputs(found["inputs"][side]["shards"]) for side in ("base", "aligned")},
+        }
+        times = found["times"]
+        session = {"session": None, "host": "", "time": times["started"]}
+        return Replay(began, (session,) * min(int(times["sessions"]), 1000), facts_of(found["tensors"]))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise OutputError(f"{plan.out / MANIFEST}: parts of the manifest mean nothing ({error!r}). {AGAIN}") from error
+
+
+def _inputs(shards: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys = {"size": "size", "header": "header_xxh3_128", "sample": "sample_xxh3_64"}
+    return {name: {key: row[said] for key, said in keys.items() if said in row} for name, row in shards.items()}
+
+
+def facts_of(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorFacts]:
+    """The facts of every tensor of a manifest; raises LookupError, TypeError or AttributeError for other things."""
+    return {name: tensor_facts({**row, "name": name, "checksum": row["xxh3_128"]}) for name, row in tensors.items()}
