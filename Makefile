@@ -8,9 +8,10 @@ PIP := -m pip --disable-pip-version-check --quiet --quiet
 DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])
 WHEEL := build/wheel
 BENCH ?=
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs compat torture kernels bench size wheel clean
+.PHONY: help demo test check docs compat torture fuzz kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -25,6 +26,9 @@ compat: .venv-compat/ready ## models of 60 architectures, saved by transformers 
 
 torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
 	$(BIN)/pytest -m torture
+
+fuzz: $(VENV)/ready-dev ## a million damaged and hostile files, some ten minutes; FUZZ="--help" lists the options
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ)
 
 docs: $(VENV)/ready-dev ## run the examples of README.md and docs/
 	$(BIN)/pytest tests/test_docs.py

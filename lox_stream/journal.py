@@ -23,16 +23,17 @@ from lox_stream import files
 from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.names import listing
+from lox_stream.names import listing, printable, shown
 from lox_stream.options import Options, is_gpu
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
-from lox_stream.shards import source_name
+from lox_stream.shards import is_regular, parse_json, source_name
 
 FORMAT = 1
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
 FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes", "kernels")  # no byte depends on them, or "device" tells
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
+OPTIONAL_FLOATS = ("retention", "energy", "residual", "gap", "predicted_error", "predicted_share")
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
 
@@ -86,10 +87,23 @@ def version(package: str) -> str:
 
 
 def tensor_facts(record: Mapping[str, Any]) -> TensorFacts:
-    """The facts that `asdict` and JSON made `record` of; a number that JSON could not hold is NaN again."""
-    matrices = tuple(_matrix_facts(matrix) for matrix in record["matrices"])
+    """The facts that `asdict` and JSON made `record` of; a number that JSON could not hold is NaN again.
+
+    Raises KeyError or TypeError for a record of something else.
+    """
     known = {field.name: record[field.name] for field in fields(TensorFacts)}
-    return TensorFacts(**(known | {"matrices": matrices, "notices": tuple(record["notices"])}))
+    known |= {"matrices": tuple(map(_matrix_facts, record["matrices"])), "notices": tuple(record["notices"])}
+    _require(str, [known[name] for name in ("name", "action", "reason", "checksum")] + [*known["notices"]])
+    _require(int, [known["n_bytes"]])
+    _require(float, [known["elapsed_s"] or 0.0])
+    return TensorFacts(**known)
+
+
+def _require(kind: type, values: Sequence[Any]) -> None:
+    kinds = (int, float) if kind is float else (kind,)
+    for value in values:
+        if type(value) not in kinds:
+            raise TypeError(f"found {shown(value)}, expected a value of type {kind.__name__}")
 
 
 def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
@@ -98,6 +112,12 @@ def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
         known[name] = math.nan if known[name] is None else known[name]
     for name in ("singular_values", "radius"):
         known[name] = tuple(math.nan if value is None else value for value in known[name])
+        _require(float, known[name])
+    _require(float, [known[name] for name in REQUIRED_FLOATS])
+    _require(float, [known[name] for name in OPTIONAL_FLOATS if known[name] is not None])
+    _require(bool, [known["unique"], known["converged"]])
+    _require(str, [known["method"]])
+    _require(int, [known["passes"]])
     return MatrixFacts(**known)
 
 
@@ -155,10 +175,12 @@ def replay(folder: Path) -> Replay | None:
     path = folder / JOURNAL
     if not path.exists():
         return None
+    if not is_regular(path):
+        raise ResumeError(f"{printable(path)}: is a folder, device, pipe or socket, expected a journal. Remove it")
     with files.explained(path, "read the journal", "Check the permissions of the folder and its disk."):
         lines = path.read_bytes().split(b"\n")[:-1]  # what has no newline was torn
     records = list(_records(lines))
-    if not records or not isinstance(records[0].get("format"), int):
+    if not records or type(records[0].get("format")) is not int:
         raise ResumeError(f"{path}: is not a journal of lox-stream, or damaged. Start again with --overwrite")
     if records[0]["format"] > FORMAT:
         raise ResumeError(
@@ -166,17 +188,28 @@ def replay(folder: Path) -> Replay | None:
             "Resume with the newer lox-stream that began the run, or start again with --overwrite"
         )
     try:
+        _require_identity(records[0])
         tensors = [tensor_facts(record["tensor"]) for record in records if "tensor" in record]
+        sessions = tuple(record for record in records if "session" in record)
+        _require(str, [session[key] for session in sessions for key in ("host", "time")])
     except (KeyError, TypeError) as error:
-        raise ResumeError(f"{path}: the journal is damaged ({error!r}). Start again with --overwrite") from error
-    sessions = tuple(record for record in records if "session" in record)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else printable(str(error))
+        raise ResumeError(f"{path}: the journal is damaged ({reason}). Start again with --overwrite") from error
     return Replay(records[0], sessions, {facts.name: facts for facts in tensors})
+
+
+def _require_identity(header: Mapping[str, Any]) -> None:
+    """Raise KeyError or TypeError for what `identity` does not make."""
+    _require(dict, [header[key] for key in ("versions", "options", "inputs")])
+    sides = [header["inputs"][side] for side in ("base", "aligned")]
+    _require(dict, sides)
+    _require(dict, [row for side in sides for row in side.values()])
 
 
 def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
-            record = json.loads(line)
+            record, _ = parse_json(line)
         except ValueError:
             return
         if not isinstance(record, dict):
@@ -187,12 +220,13 @@ def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What forbids to go on with the run of identity `old` as `new`, and what is only worth a warning."""
     refused = [
-        f"--{name.replace('_', '-')} is {new['options'][name]!r}, the run began with {value!r}"
+        f"--{printable(name).replace('_', '-')} is {shown(new['options'].get(name))}, the run began with {shown(value)}"
         for name, value in old["options"].items()
         if value != new["options"].get(name) and (name, value) != MAY_CHANGE
     ]
     warned = [
-        f"{name} is {new['versions'].get(name)}, the run began with {value}: the last bits may differ"
+        f"{printable(name)} is {new['versions'].get(name)}, the run began with {printable(str(value))}: the last bits "
+        "may differ"
         for name, value in old["versions"].items()
         if value != new["versions"].get(name)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lox_stream.companions import OWN_FILES
 from lox_stream.errors import CheckpointError
-from lox_stream.names import is_plain_relative, listing, printable
+from lox_stream.names import is_plain_relative, listing, printable, shown
 from lox_stream.shards import disguise, parse_json, unreadable
 from lox_stream.torch_files import INDEX_SUFFIX as INDEX_OF_TORCH
 from lox_stream.torch_files import safetensors_name
@@ -143,7 +143,7 @@ def _index_layout(folder: Path, index_name: str, weights: list[str]) -> Layout:
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "none" if weight_map is None else f"{weight_map!r:.60}"
+        found = "none" if weight_map is None else f"{shown(weight_map, 60)}"
         raise CheckpointError(
             [f"{printable(path)}: weight_map is {found}, expected {{tensor: shard, ...}}. Download it again"]
         )

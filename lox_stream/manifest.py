@@ -23,10 +23,11 @@ from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, sample_hash, version
+from lox_stream.names import printable
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
 from lox_stream.sealing import opened
-from lox_stream.shards import parse_json, source_name, written_bytes
+from lox_stream.shards import is_regular, parse_json, source_name, written_bytes
 
 FORMAT = 1
 PACKAGES = ("lox-stream", "torch", "numpy", "safetensors")
@@ -192,6 +193,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise OutputError(f"{path}: no such file: {folder} is not a finished output of lox-stream. Check the path")
+    if not is_regular(path):
+        raise OutputError(f"{printable(path)}: is a folder, device, pipe or socket, expected a file. Check the path")
     with files.explained(path, "read the manifest", "Check its permissions and its disk."):
         data = opened(path.read_bytes()).data
     try:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from lox_stream.kinds import Kind, kind_of, stack_of
-from lox_stream.names import listing, matches, near_misses, pattern_of, printable, suggestion, unmatched
+from lox_stream.names import listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
 from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
@@ -167,8 +167,9 @@ def architecture_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
         found, expected = aligned.config.get(key), base.config.get(key)
         if found and expected and found != expected:
             return [
-                f"config.json: {key} of aligned is {found!r}, of base {expected!r}; expected the same. Give as base "
-                "the model that aligned was fine-tuned from; if it is and only config.json is wrong, correct it there"
+                f"config.json: {key} of aligned is {shown(found)}, of base {shown(expected)}; expected the same. "
+                "Give as base the model that aligned was fine-tuned from; if it is and only config.json is wrong, "
+                "correct it there"
             ]
     return []
 

@@ -21,6 +21,7 @@ from lox_stream.planning import Plan
 
 TAGS = ("lox", "safety")
 LOW_RETENTION = 0.6
+MAX_FRONT_MATTER = 1 << 16  # characters
 FRONT_MATTER = re.compile(r"\A(\ufeff?---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
 CITATION = """```bibtex
 @inproceedings{perin2025lox,
@@ -64,16 +65,19 @@ def model_name(checkpoint: Checkpoint) -> str:
 def completed(card: str, entries: dict[str, str | Sequence[str]]) -> str:
     """The card with `entries` in its front matter: lists are added to, keys that have a value keep it.
 
-    A card without front matter gets one; one whose front matter is no YAML mapping in block style stays as it is.
+    A card without front matter gets one; one whose front matter is no YAML mapping in block style, or over 64 KiB,
+    stays as it is.
     """
     found = FRONT_MATTER.match(card)
     if found is None:
         return f"---\n{_yaml(entries)}---\n\n{card}"
     opening, body, closing = found.groups()
     newline = "\r\n" if opening.endswith("\r\n") else "\n"
+    if len(body) > MAX_FRONT_MATTER:
+        return card
     try:
         root = yaml.compose(body, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return card
     if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
         return card

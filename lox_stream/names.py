@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath
+from typing import Any
 
 
 def printable(name: str | PurePath) -> str:
@@ -15,6 +16,15 @@ def printable(name: str | PurePath) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value of a stranger's JSON, TOML or pickle as Python spells it, cut to `limit` characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of 4300 digits and more
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:

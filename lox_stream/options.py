@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lox_stream.errors import LoxError, OptionError
-from lox_stream.names import matches
+from lox_stream.names import matches, shown
 
-MAX_SEED = 2**63 - 1
+MAX_NUMBER = 2**63 - 1
 MAX_THREADS = 1024
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
@@ -96,7 +96,7 @@ def check_options(options: Options) -> None:
     """Raise OptionError that names every option whose value cannot be obeyed."""
     problems = [
         *_whole_number("--rank", options.rank, 0, None, "0 is full rank: delta itself, without an SVD"),
-        *_whole_number("--seed", options.seed, 0, MAX_SEED, "any such number gives its own reproducible rounding"),
+        *_whole_number("--seed", options.seed, 0, MAX_NUMBER, "any such number gives its own reproducible rounding"),
         *_whole_number("--threads", options.threads, 0, MAX_THREADS, "0 uses all cores"),
         *_whole_number("--memory", options.memory_bytes, 1, None, "write a size such as 4GiB or 512M"),
         *_whole_number("--gpu-memory", options.gpu_memory_bytes, 0, None, "0 uses 80 % of what is free"),
@@ -154,23 +154,26 @@ def check_ways(*, resume: bool, overwrite: bool, repair: bool) -> None:
 
 
 def _whole_number(option: str, value: object, low: int, high: int | None, hint: str) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= (high or MAX_NUMBER):
         return []
-    wanted = f"{low} or more" if high is None else f"{low} to {high}"
-    return [f"{option} is {value!r}, expected a whole number, {wanted}; {hint}"]
+    wanted = f"{low} or more, to {MAX_NUMBER}" if high is None else f"{low} to {high}"
+    return [f"{option} is {shown(value)}, expected a whole number, {wanted}; {hint}"]
 
 
 def _real_number(option: str, value: object, above: float, hint: str) -> list[str]:
     """Finite and above a bound; a tolerance also has to be under 1."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer that no float holds
+        number = math.inf
     if math.isfinite(number) and (above == -math.inf or above < number < 1):
         return []
     wanted = "a finite number" if above == -math.inf else "a number over 0 and under 1"
-    return [f"{option} is {value!r}, expected {wanted}; {hint}"]
+    return [f"{option} is {shown(value)}, expected {wanted}; {hint}"]
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> list[str]:
-    return [] if value in allowed else [f"{option} is {value!r}, expected {' or '.join(allowed)}"]
+    return [] if value in allowed else [f"{option} is {shown(value)}, expected {' or '.join(allowed)}"]
 
 
 def _device(value: object) -> list[str]:
@@ -178,7 +181,9 @@ def _device(value: object) -> list[str]:
         numbers = value.removeprefix("cuda:").split(",")
         if len(set(map(int, filter(str.isdigit, numbers)))) in (0, len(numbers)):
             return []
-    return [f"--device is {value!r}, expected auto, cpu, cuda, cuda:N (the N-th GPU, from 0), cuda:0,1 or cuda:all"]
+    return [
+        f"--device is {shown(value)}, expected auto, cpu, cuda, cuda:N (the N-th GPU, from 0), cuda:0,1 or cuda:all"
+    ]
 
 
 def _for_gpus(options: Options) -> list[str]:
@@ -195,9 +200,9 @@ def _for_gpus(options: Options) -> list[str]:
 
 def _globs(option: str, value: object) -> list[str]:
     if isinstance(value, str):
-        return [f"{option} is one string, {value!r}, expected a tuple of globs: ({value!r},)"]
+        return [f"{option} is one string, {shown(value)}, expected a tuple of globs: ({shown(value)},)"]
     if not isinstance(value, tuple) or not all(isinstance(glob, str) for glob in value):
-        return [f"{option} is {value!r}, expected a tuple of globs such as ('lm_head.weight', '*.mlp.*')"]
+        return [f"{option} is {shown(value)}, expected a tuple of globs such as ('lm_head.weight', '*.mlp.*')"]
     if "" in value:
         return [f"{option} holds an empty glob, expected a tensor's name or a glob such as '*.mlp.*'"]
     return []
@@ -231,10 +236,10 @@ def rule_problems(rule: Rule) -> list[str]:
         *([] if rule.rank is None else _whole_number("rank", rule.rank, 0, None, "0 is full rank")),
         *([] if rule.alpha is None else _real_number("alpha", rule.alpha, -math.inf, "0 copies the aligned weights")),
         *([] if rule.rounding is None else _one_of("rounding", rule.rounding, ("nearest", "stochastic"))),
-        *([] if isinstance(rule.skip, bool) else [f"skip is {rule.skip!r}, expected true or false"]),
+        *([] if isinstance(rule.skip, bool) else [f"skip is {shown(rule.skip)}, expected true or false"]),
     ]
     if not isinstance(rule.match, str) or not rule.match:
-        checks.append(f"match is {rule.match!r}, expected a tensor's name or a glob such as '*.mlp.*'")
+        checks.append(f"match is {shown(rule.match)}, expected a tensor's name or a glob such as '*.mlp.*'")
     if rule.skip is True and said_by(rule):
         checks.append("skip is true, and there is more beside it; expected nothing else for tensors that are copied")
     if not rule.skip and not said_by(rule):
@@ -244,5 +249,5 @@ def rule_problems(rule: Rule) -> list[str]:
 
 def _rules(value: object) -> list[str]:
     if not isinstance(value, tuple) or not all(isinstance(rule, Rule) for rule in value):
-        return [f"recipe is {value!r}, expected a tuple of Rule"]
+        return [f"recipe is {shown(value)}, expected a tuple of Rule"]
     return [f"recipe, rule {i}: {problem}" for i, rule in enumerate(value, 1) for problem in rule_problems(rule)]

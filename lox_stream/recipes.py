@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lox_stream.errors import OptionError
 from lox_stream.names import printable
-from lox_stream.options import Rule, from_json, rule_problems
-from lox_stream.shards import unreadable
+from lox_stream.options import Options, Rule, check_options, from_json, rule_problems
+from lox_stream.shards import is_regular, parse_json, unreadable
 
 OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
     *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite"),
 )
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
+MAX_TOML_CHARACTERS = 1 << 20
+MAX_PROBLEMS = 20
+DOTTED = re.compile(  # tomllib takes memory and time as the square of a key's parts
+    r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}"""
+)
 KEYS = tuple(field.name for field in fields(Rule))
 
 
@@ -32,45 +37,65 @@ def read_recipe(path: Path) -> dict[str, Any]:
         match = "*.mlp.*"
         rank = 16
 
-    Raises OptionError, with lines, but for the options themselves: `check_options` checks these.
+    Raises OptionError, with file and line of every problem; of a manifest, with its file.
     """
     try:
+        if path.exists() and not is_regular(path):
+            raise OptionError(f"--recipe {printable(path)}: is a folder, device, pipe or socket, expected a file")
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that no file can have
         raise OptionError(f"--recipe {unreadable(path, error)}") from error
     if len(text) > MAX_CHARACTERS:
         raise OptionError(f"--recipe {printable(path)}: has over {MAX_CHARACTERS} characters, expected a recipe")
     if text.lstrip().startswith("{"):
         return _of_manifest(path, text)
-    try:
-        said = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"--recipe {printable(path)}: is no TOML: {error}. Correct it there") from error
+    return _of_toml(path, text)
+
+
+def _of_toml(path: Path, text: str) -> dict[str, Any]:
+    said = _parsed(path, text)
     groups = said.pop("group", [])
-    problems = [
-        _at(path, _line(text, key), _unknown(key, (*OPTIONS, "group"))) for key in said if _name(key) not in OPTIONS
-    ]
+    problems: list[tuple[str, int | None, str]] = [(key, None, problem) for key, problem in _top_problems(said)]
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        problems.append(_at(path, _line(text, "group"), "group is no table, expected [[group]] for each rule"))
+        problems.append(("group", None, "group is no table, expected [[group]] for each rule"))
         groups = []
     rules = []
     for number, group in enumerate(groups):
-        problems += [
-            _at(path, _line(text, key, number), _unknown(key, KEYS)) for key in group if _name(key) not in KEYS
-        ]
+        problems += [(key, number, problem) for key, problem in _key_problems(group, KEYS, KEYS)]
         rule = Rule(**{"match": "", **{_name(key): value for key, value in group.items() if _name(key) in KEYS}})
-        problems += [_at(path, _line(text, problem.split()[0], number), problem) for problem in rule_problems(rule)]
+        problems += [(problem.split()[0], number, problem) for problem in rule_problems(rule)]
         rules.append(rule)
     if problems:
-        raise OptionError("\n".join(problems))
+        found = [_at(path, _line(text, key, number), problem) for key, number, problem in problems[:MAX_PROBLEMS]]
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise OptionError("\n".join([*found, *more]))
     return {**from_json({_name(key): value for key, value in said.items()}), "recipe": tuple(rules)}
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    if len(text) > MAX_TOML_CHARACTERS:
+        raise OptionError(
+            f"--recipe {printable(path)}: has over {MAX_TOML_CHARACTERS} characters, expected a recipe. Use globs"
+        )
+    if found := DOTTED.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise OptionError(_at(path, line, "a name of more than 64 parts; expected none with dots but in quotes"))
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of 4300 digits and more
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
+        raise OptionError(f"--recipe {printable(path)}: is no TOML: {reason}. Correct it there") from error
 
 
 def _of_manifest(path: Path, text: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)["options"]
-        return from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
+        said = parse_json(text.encode())[0]["options"]
+        found = from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
+        check_options(Options(**found))
+        return found
+    except OptionError as error:
+        raise OptionError(f"--recipe {printable(path)}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(
             f"--recipe {printable(path)}: is no TOML and no manifest of lox-stream ({error!r}). Give lox_stream.json "
@@ -82,8 +107,26 @@ def _name(key: str) -> str:
     return key.replace("-", "_")
 
 
-def _unknown(key: str, known: tuple[str, ...]) -> str:
-    return f"{printable(key)} is nothing that a recipe says here, expected one of {', '.join(known)}"
+def _key_problems(said: dict[str, Any], known: tuple[str, ...], shown: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Each key that means nothing, or the same as one before it, and why."""
+    before: dict[str, str] = {}
+    for key in said:
+        if _name(key) not in known:
+            yield key, f"{printable(key)} is nothing that a recipe says here, expected one of {', '.join(shown)}"
+        elif _name(key) in before:
+            yield key, f"{key} is said already, as {before[_name(key)]}; expected it once"
+        before.setdefault(_name(key), key)
+
+
+def _top_problems(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong above the groups: keys, and options that cannot be obeyed."""
+    yield from _key_problems(said, OPTIONS, (*OPTIONS, "group"))
+    for key, value in said.items():
+        if _name(key) in OPTIONS:
+            try:
+                check_options(Options(**from_json({_name(key): value})))
+            except OptionError as error:
+                yield key, str(error)
 
 
 def _at(path: Path, line: int, problem: str) -> str:

@@ -63,7 +63,7 @@ def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: 
     finished = [info for info in shard.tensors if info.name in known]
     path = folder / shard.name
     name = shard.name + ".partial" if partial(path).exists() else shard.name
-    if not finished and not (shard.tensors == () and (folder / name).exists()):
+    if shard.tensors and not finished:
         return []
     lost = [Damage(info.name, shard.name) for info in finished] or [Damage(shard.name, shard.name)]
     if not (folder / name).exists() or not is_regular(folder / name):

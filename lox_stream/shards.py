@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from lox_stream.errors import CheckpointError
-from lox_stream.names import listing, printable
+from lox_stream.names import listing, printable, shown
 
 DTYPE_BITS: dict[str, int] = {
     **dict.fromkeys(("F4",), 4),
@@ -69,7 +68,7 @@ def read_shard(path: Path, name: str | None = None) -> Shard:
     """Read and check the header of a safetensors file; raises CheckpointError with all that is wrong in it."""
     try:
         real = path.resolve(strict=True)
-        _require_regular(path, real.stat())
+        require_regular(path, real.stat())
         with real.open("rb") as file:
             status = os.fstat(file.fileno())
             head = file.read(32)
@@ -134,10 +133,11 @@ def is_regular(path: Path) -> bool:
     return stat.S_ISREG(path.stat().st_mode)
 
 
-def _require_regular(path: Path, status: os.stat_result) -> None:
+def require_regular(path: Path, status: os.stat_result) -> None:
+    """Raise CheckpointError for what is no plain file."""
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise CheckpointError([f"{printable(path)}: is {kind}, expected a safetensors file"])
+        raise CheckpointError([f"{printable(path)}: is {kind}, expected a file of weights"])
 
 
 def _header_length(path: Path, head: bytes, size_bytes: int) -> int:
@@ -216,19 +216,29 @@ def _entry_problem(path: Path, name: str, entry: Any) -> str | None:
     """What is wrong with one entry of a header, if anything."""
     where = f"{printable(path)}: {printable(name)}"
     if not isinstance(entry, dict):
-        return f"{where}: its entry is {entry!r:.80}, expected dtype, shape and data_offsets. {_AGAIN}"
+        return f"{where}: its entry is {shown(entry)}, expected dtype, shape and data_offsets. {_AGAIN}"
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        return f"{where}: dtype {dtype!r:.80} is not one of safetensors' ({known}). Save the file with one of these"
+        return f"{where}: dtype {shown(dtype)} is not one of safetensors' ({known}). Save the file with one of these"
     if not _are_sizes(shape):
-        return f"{where}: shape is {shape!r:.80}, expected a list of sizes. {_AGAIN}"
+        return f"{where}: shape is {shown(shape)}, expected a list of sizes. {_AGAIN}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"{where}: data_offsets is {offsets!r:.80}, expected [begin, end]. {_AGAIN}"
-    expected_bits, found = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+        return f"{where}: data_offsets is {shown(offsets)}, expected [begin, end]. {_AGAIN}"
+    expected_bits, found = _elements(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
     if expected_bits != 8 * found:
-        return f"{where}: {dtype} {shape} takes {expected_bits / 8:g} bytes, found {found}. {_AGAIN}"
+        return f"{where}: {dtype} {shown(shape)} takes {expected_bits / 8:g} bytes, found {found}. {_AGAIN}"
     return None
+
+
+def _elements(shape: list[int]) -> int:
+    """How many; where it is over 2^64, only so much: the product of a million sizes would take hours."""
+    count = 0 if 0 in shape else 1
+    for size in shape:
+        count *= size
+        if count >= 1 << 64:
+            break
+    return count
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

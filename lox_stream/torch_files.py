@@ -1,7 +1,7 @@
 """One file of `torch.save` as safetensors would have it: tensors as byte ranges. No torch, and no code of it is run.
 
 Such a file is a zip archive that holds each storage as it is in memory, and a pickle that says which tensor is which
-part of which storage. A pickle is a program; here it may make ordered dictionaries and tensors, and nothing else.
+part of which storage (`pickles`).
 """
 
 from __future__ import annotations
@@ -9,50 +9,27 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
+import struct
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 
 from lox_stream.errors import CheckpointError
-from lox_stream.names import listing, printable
-from lox_stream.shards import DTYPE_BYTES, Shard, TensorInfo, disguise, unreadable
+from lox_stream.names import printable
+from lox_stream.pickles import MAX_BYTES, RefusedError, StoredTensor, read_pickle
+from lox_stream.shards import DTYPE_BYTES, Shard, TensorInfo, disguise, require_regular, unreadable
 
 INDEX_SUFFIX = ".bin.index.json"
-MAX_PICKLE_BYTES = 100_000_000
+ORDER_BYTES = 16
+DAMAGED = (  # what zipfile raises for bytes that are no archive
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, LookupError, OverflowError, RuntimeError),
+)
 CONVERT = "Load it with torch yourself if you trust its source, and save it as safetensors"
-DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    storage: _Storage
-    first: int  # element of the storage
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 def safetensors_name(name: str) -> str:
@@ -73,6 +50,7 @@ def read_torch_file(path: Path, name: str | None = None) -> Shard:
     """The tensors of a file; the header is the one that its safetensors form has. Raises CheckpointError."""
     try:
         real = path.resolve(strict=True)
+        require_regular(path, real.stat())
         with real.open("rb") as file:
             status = os.fstat(file.fileno())
             head = file.read(32)
@@ -91,27 +69,31 @@ def read_torch_file(path: Path, name: str | None = None) -> Shard:
     )
 
 
-def _contents(path: Path, file: IO[bytes], size_bytes: int) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+def _contents(
+    path: Path, file: IO[bytes], size_bytes: int
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, int]]]:
     """The tensors by name, and (offset in the file, bytes) of each storage."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             pickles = [member for member in members if member.filename.split("/")[1:] == ["data.pkl"]]
-            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+            if len(pickles) != 1 or pickles[0].file_size > MAX_BYTES:
                 raise CheckpointError([f"{printable(path)}: holds no data.pkl as torch.save writes it. {CONVERT}"])
             root = pickles[0].filename.removesuffix("data.pkl")
-            order = f"{root}byteorder"
-            if any(m.filename == order for m in members) and archive.read(order).strip() != b"little":
+            order = next((member for member in members if member.filename == f"{root}byteorder"), None)
+            if order is not None and archive.open(order).read(ORDER_BYTES).strip() != b"little":
                 raise CheckpointError([f"{printable(path)}: its numbers are not little-endian. {CONVERT}"])
             with archive.open(pickles[0]) as data:
                 found = _tensors(path, data)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise CheckpointError([f"{printable(path)}: is damaged or cut: {error}. Download it again"]) from error
-    starts = {}
-    for member in members:
-        if member.filename.startswith(f"{root}data/"):
-            starts[member.filename.removeprefix(f"{root}data/")] = _range(path, file, member, size_bytes)
-    return found, starts
+        starts = {}
+        for member in members:
+            if member.filename.startswith(f"{root}data/"):
+                starts[member.filename.removeprefix(f"{root}data/")] = _range(path, file, member, size_bytes)
+        return found, starts
+    except DAMAGED as error:
+        raise CheckpointError(
+            [f"{printable(path)}: is damaged or cut: {printable(str(error))}. Download it again"]
+        ) from error
 
 
 def _range(path: Path, file: IO[bytes], member: zipfile.ZipInfo, size_bytes: int) -> tuple[int, int]:
@@ -124,48 +106,17 @@ def _range(path: Path, file: IO[bytes], member: zipfile.ZipInfo, size_bytes: int
     return start, member.file_size
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: its memo cannot be made huge
-    """Makes dictionaries and descriptions of tensors; everything else is refused by its name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, first, shape, stride, *_: _Tensor(storage, first, tuple(shape), tuple(stride))
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key = pid[:3]
-        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
-            raise pickle.UnpicklingError("it has a storage of unknown kind")
-        return _Storage(dtype, key)
-
-
-def _tensors(path: Path, data: IO[bytes]) -> dict[str, _Tensor]:
+def _tensors(path: Path, data: IO[bytes]) -> dict[str, StoredTensor]:
     try:
-        loaded = _Reader(data).load()
-    except Exception as error:  # the bytes are a stranger's program: whatever it does wrong, it is not loaded
+        return read_pickle(data)
+    except RefusedError as error:
         raise CheckpointError(
-            [f"{printable(path)}: its pickle is refused: {str(error) or type(error).__name__}. {CONVERT}"]
+            [f"{printable(path)}: its pickle is refused: {printable(str(error))}. {CONVERT}"]
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
-        raise CheckpointError(
-            [f"{printable(path)}: holds a {type(loaded).__name__.strip('_')}, expected named tensors. {CONVERT}"]
-        )
-    others = [name for name, value in loaded.items() if not isinstance(value, _Tensor)]
-    if others:
-        raise CheckpointError([f"{printable(path)}: {listing(others)} are no tensors, expected tensors. {CONVERT}"])
-    return dict(loaded)
 
 
 def _as_safetensors(
-    path: Path, real: Path, found: Mapping[str, _Tensor], starts: Mapping[str, tuple[int, int]]
+    path: Path, real: Path, found: Mapping[str, StoredTensor], starts: Mapping[str, tuple[int, int]]
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The header of the safetensors form, tensors by name in it, and where each lies here and there."""
     problems: list[str] = []
@@ -173,13 +124,13 @@ def _as_safetensors(
     at = 0
     for name in sorted(found):
         tensor = found[name]
-        size = DTYPE_BYTES[tensor.storage.dtype]
-        problem = _tensor_problem(tensor, size, starts.get(tensor.storage.key))
+        size = DTYPE_BYTES[tensor.dtype]
+        problem = _tensor_problem(tensor, size, starts.get(tensor.key))
         if problem:
             problems.append(f"{printable(path)}: {printable(name)}: {problem}. {CONVERT}")
             continue
         n_bytes = math.prod(tensor.shape) * size
-        entries[name] = {"dtype": tensor.storage.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + n_bytes]}
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + n_bytes]}
         at += n_bytes
     if problems:
         raise CheckpointError(problems)
@@ -189,16 +140,13 @@ def _as_safetensors(
     infos = []
     for name, entry in entries.items():
         tensor, (begin, end) = found[name], entry["data_offsets"]
-        start = starts[tensor.storage.key][0] + tensor.first * DTYPE_BYTES[tensor.storage.dtype]
+        start = starts[tensor.key][0] + tensor.first * DTYPE_BYTES[tensor.dtype]
         place = len(header) + begin
-        infos.append(TensorInfo(name, tensor.storage.dtype, tensor.shape, real, start, end - begin, place))
+        infos.append(TensorInfo(name, tensor.dtype, tensor.shape, real, start, end - begin, place))
     return header, tuple(infos)
 
 
-def _tensor_problem(tensor: _Tensor, size: int, storage: tuple[int, int] | None) -> str:
-    numbers = (tensor.first, *tensor.shape, *tensor.stride)
-    if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        return "its shape or strides are no sizes"
+def _tensor_problem(tensor: StoredTensor, size: int, storage: tuple[int, int] | None) -> str:
     steps = [math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape))]
     apart = any(n > 1 and stride != step for n, stride, step in zip(tensor.shape, tensor.stride, steps, strict=True))
     if math.prod(tensor.shape) and apart:

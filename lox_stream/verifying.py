@@ -12,7 +12,7 @@ import xxhash
 
 from lox_stream import files
 from lox_stream.manifest import joined, read_manifest, stamp_of
-from lox_stream.names import is_plain_relative, listing, printable
+from lox_stream.names import is_plain_relative, listing, printable, shown
 from lox_stream.output_rules import MANIFEST
 from lox_stream.sealing import opened
 from lox_stream.shards import is_regular, parse_json
@@ -54,8 +54,9 @@ def verify_checksums(out: str | Path) -> Iterator[Check]:
     yield from _seal(folder)
     beside = _value(found, "files")
     yield from check_files(folder, beside)
-    if found.get("index") is not None and not (isinstance(beside, dict) and found["index"] in beside):
-        yield _index(folder, str(found["index"]), found["tensors"])
+    index = _value(found, "index")
+    if index is not None and not (isinstance(beside, dict) and isinstance(index, str) and index in beside):
+        yield _index(folder, str(index), found["tensors"])
     for name, said in found["shards"].items():
         rows = {tensor: row for tensor, row in found["tensors"].items() if _value(row, "shard") == name}
         yield from _shard(folder, name, said, rows)
@@ -101,7 +102,9 @@ def check_files(folder: Path, beside: Any) -> Iterator[Check]:
             yield _failed(folder, name, f"cannot be read: {error.strerror}")
             continue
         wrong = [
-            f"{key} {found[key]}, expected {_value(said, key)}" for key in found if found[key] != _value(said, key)
+            f"{key} {found[key]}, expected {shown(_value(said, key))}"
+            for key in found
+            if found[key] != _value(said, key)
         ]
         if wrong:
             yield _failed(folder, name, f"found {' and '.join(wrong)}")
@@ -113,9 +116,12 @@ def _unusable(folder: Path, name: str) -> str:
     """Why a file that a manifest names cannot be looked at; nothing if it can."""
     if not is_plain_relative(name):
         return "is a name of the manifest that leads outside the folder"
-    if not (folder / name).exists():
+    try:
+        return "" if is_regular(folder / name) else "is a folder, device, pipe or socket, expected a file"
+    except FileNotFoundError:
         return "is missing"
-    return "" if is_regular(folder / name) else "is a folder, device, pipe or socket, expected a file"
+    except OSError as error:  # such as a name that is too long
+        return f"cannot be read: {error.strerror}"
 
 
 def _index(folder: Path, name: str, tensors: dict[str, Any]) -> Check:
@@ -175,7 +181,7 @@ def check_shard(
             fd = file.fileno()
             found = _hash(fd, 0, n_header)
             if found != header_hash:
-                problem = f"its header (bytes 0 to {n_header}) has xxh3_128 {found}, expected {header_hash}"
+                problem = f"its header (bytes 0 to {n_header}) has xxh3_128 {found}, expected {printable(header_hash)}"
                 yield Check(name, False, f"{printable(path)}: {problem}. {DAMAGED}", n_header, name, "header")
             else:
                 yield Check(name, True, "", n_header, name, "header")

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from lox_stream.errors import LoxError, OptionError
-from lox_stream.options import MAX_SEED, Options, check_options, check_platform, parse_size
+from lox_stream.options import MAX_NUMBER, Options, check_options, check_platform, parse_size
 
 
 @pytest.mark.parametrize(
     "options",
     [
         Options(),
-        Options(rank=0, alpha=0.0, tolerance=0.5, seed=MAX_SEED, threads=64),
+        Options(rank=0, alpha=0.0, tolerance=0.5, seed=MAX_NUMBER, threads=64),
         Options(rank=10**9, alpha=-3, svd="exact", rounding="stochastic", on_nonfinite="copy", device="cuda:3"),
         Options(skip=("*.bias",), only=("model.*",), device="cuda", memory_bytes=1, gpu_memory_bytes=1),
     ],
@@ -41,7 +41,7 @@ def test_usable_options_pass(options):
         ("rounding", "up", "--rounding"),
         ("on_nonfinite", "ignore", "--on-nonfinite"),
         ("seed", -1, "--seed"),
-        ("seed", MAX_SEED + 1, "--seed"),
+        ("seed", MAX_NUMBER + 1, "--seed"),
         ("device", "gpu", "--device"),
         ("device", "cuda:", "--device"),
         ("device", None, "--device"),

@@ -16,7 +16,7 @@ import torch
 from folders import write
 from safetensors.torch import load_file, save_file
 
-from lox_stream import Options, extrapolate, stream
+from lox_stream import Options, extrapolate, plan, stream
 from lox_stream.checkpoint import open_checkpoint
 from lox_stream.errors import CheckpointError
 from lox_stream.recomputing import compare_all
@@ -163,10 +163,22 @@ class Evil:
         ({"a": torch.nn.Linear(2, 2)}, r"it asks for .*Linear"),
         ([torch.ones(2)], "holds a list, expected named tensors"),
         ({"a": 1, "b": torch.ones(2)}, "a are no tensors"),
-        ({3: torch.ones(2)}, "holds a dict, expected named tensors"),
+        ({3: torch.ones(2)}, "holds tensors whose keys are no names"),
         ({"a": torch.ones(2, 3).T}, r"its elements are not in a row \(shape \(3, 2\), strides \(1, 3\)\)"),
-        ({"a": torch.ones(2).to_sparse()}, "is refused"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "is refused"),
+        ({"a": torch.ones(2).to_sparse()}, "it holds a sparse tensor, expected plain ones"),
+        ({"a": torch.ones(2, device="meta")}, "it holds a tensor on the device meta, which has no numbers"),
+        (
+            {"a": torch.ones(2, dtype=torch.complex128)},
+            "it holds a tensor of complex128, which safetensors does not have",
+        ),
+        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "conjugated or negated view"),
+        ({"a": torch._neg_view(torch.ones(2))}, "conjugated or negated view"),
+        (
+            {"model": {"a": torch.ones(2)}, "ema": {"a": torch.ones(2)}},
+            "named tensors under model, ema, expected them once",
+        ),
+        ({"model": {"a": torch.ones(2)}, "b": torch.ones(2)}, "model are no tensors"),
+        ({"a\x1b[2J": 1}, r"a\\x1b\[2J are no tensors"),
     ],
 )
 def test_what_asks_for_more_than_tensors_is_refused(tmp_path, content, told):
@@ -248,3 +260,88 @@ def test_an_old_pickle_without_an_archive_is_refused(tmp_path, tensors):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="not a file that can be mapped"):
         open_checkpoint(folder)
+
+
+NARROW = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_dtypes_that_have_no_storage_of_their_own_are_known_by_name(tmp_path, dtype):
+    data = torch.arange(1, 9, dtype=torch.float32).to(NARROW[dtype])
+    torch.save({"a": data[2:]}, tmp_path / "pytorch_model.bin")
+    (info,) = read_torch_file(tmp_path / "pytorch_model.bin").tensors
+    assert (info.dtype, info.shape) == (dtype, (6,))
+    raw = (tmp_path / "pytorch_model.bin").read_bytes()[info.start : info.start + info.n_bytes]
+    assert raw == data[2:].clone().view(torch.uint8).numpy().tobytes()
+
+
+def test_float8_matrices_are_refused_as_what_they_are(tmp_path, tensors):
+    eighth = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in tensors.items()}
+    sides = saved(tmp_path / "base", tensors), saved(tmp_path / "aligned", eighth)
+    with pytest.raises(CheckpointError, match=r"quantised tensors \(F8_E4M3\)"):
+        plan(*sides)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_the_only_state_dict_in_a_file_is_taken_wherever_it_lies(tmp_path, tensors, key):
+    more = {"epoch": 3, "lr": 0.5, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "groups": [1]}, "nothing": {}}
+    torch.save({key: tensors, **more}, tmp_path / "pytorch_model.bin")
+    assert {info.name for info in read_torch_file(tmp_path / "pytorch_model.bin").tensors} == set(tensors)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a device, pipe or socket"):
+        open_checkpoint(tmp_path)
+
+
+def archive(path, pickled, byteorder=b"little"):
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("archive/data.pkl", pickled)
+        made.writestr("archive/byteorder", byteorder)
+        made.writestr("archive/data/0", b"12345678")
+    return path
+
+
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\2tQ"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "told"),
+    [
+        (b"}" + b")" + b"2\x86" * 60 + b"K\1s.", "a key in it is a tuple"),  # 2^60 steps to hash
+        (
+            b"ccollections\nOrderedDict\n(])" + b"2\x86" * 60 + b"K\1\x86atR.",
+            "a dictionary in a way that torch does not",
+        ),
+        (b"\x8f(K\1\x90.", "it makes sets or objects"),
+        (b"ccollections\nOrderedDict\n)\x81.", "it makes sets or objects"),
+        (b"}X\1\0\0\0a" + TENSOR + b"K\0)" + b")tRX\5\0\0\0shapeK\1sbs.", ""),
+        (b"}X\1\0\0\0a" + TENSOR + b"K\0K\2)tRs.", "without storage, shape or strides"),
+        (b"}X\1\0\0\0a" + TENSOR + b"J\xff\xff\xff\xff))tRs.", "are no sizes"),
+        (b"}X\1\0\0\0a" + TENSOR + b"K\0(" + b"K\1" * 70 + b"t(" + b"K\1" * 70 + b"ttRs.", "are no sizes"),
+        (b"}X\1\0\0\0actorch._utils\n_rebuild_parameter\n(K\1tRs.", "a parameter that is no tensor"),
+        (b"\x80\2}X\xff\xff\xff\x7fa.", "damaged or no pickle"),
+        (b"\x80\4\x95\0\0\0\0\0\0\0\x40.", "damaged or no pickle"),
+        (b"I" + b"9" * 5000 + b"\n.", "damaged or no pickle"),
+        (b"}\x8b\0\x10\0\0" + b"\x7f" * 4096 + TENSOR + b"K\0))tRs.", "keys are no names"),
+        (b"", "damaged or no pickle"),
+    ],
+)
+def test_pickles_that_were_made_to_harm_or_are_damaged_are_refused(tmp_path, pickled, told):
+    with pytest.raises(CheckpointError, match="its pickle is refused: .*" + told):
+        read_torch_file(archive(tmp_path / "x.bin", pickled))
+
+
+def test_a_byte_order_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", pickle.dumps({}))
+        made.writestr("archive/byteorder", b" " * (1 << 28))
+    with pytest.raises(CheckpointError, match="not little-endian"):
+        read_torch_file(tmp_path / "x.bin")
