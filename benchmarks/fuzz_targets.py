@@ -26,13 +26,13 @@ from lox_stream.model_card import completed
 from lox_stream.output_rules import JOURNAL, MANIFEST
 from lox_stream.recipes import read_recipe
 from lox_stream.repairing import facts_of, survey
+from lox_stream.resuming import resumable
 from lox_stream.sampling import options_of
 from lox_stream.sealing import sealed
 from lox_stream.shards import read_shard
 from lox_stream.synthetic import pair_of
 from lox_stream.torch_files import read_torch_file
 from lox_stream.verifying import verify_checksums
-from lox_stream.writer import resumable
 
 WHAT = """A case is a valid file with one to four changes: bits, bytes and pieces; other values in JSON (numbers to
 2^64, to 20,000 digits, NaN, paths that lead outside, escape sequences, half characters, keys twice, nesting to 50,000);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +15,17 @@ from torch import Tensor
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
-from lox_stream.facts import TensorFacts
-from lox_stream.journal import Damage, Survey
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step
-from lox_stream.names import listing
 from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.reader import TORCH_DTYPES
+from lox_stream.remarks import changed_bytes, changed_inputs, run_warnings
 from lox_stream.repairing import survey
+from lox_stream.resuming import Damage, Survey
 from lox_stream.verifying import Check
 from lox_stream.writer import Output
-
-LOW_RETENTION = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +120,7 @@ def execute(
                     report(())
                 else:
                     report(event.working)
-        found = (*changed_bytes(output), *run_warnings(output.finished.values(), plan.options))
+        found = (*changed_bytes(output.survey, output.finished), *run_warnings(output.finished.values(), plan.options))
         warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
         elapsed_s = time.monotonic() - started
         output.publish(
@@ -192,62 +189,6 @@ class _Reporter:
                     time.monotonic() - self.started,
                 )
             )
-
-
-def changed_bytes(output: Output) -> tuple[str, ...]:
-    """A message for the tensors that a repair did not give their old bytes."""
-    sums = output.survey.checksums if output.survey is not None else {}
-    other = [name for name, checksum in sums.items() if output.finished[name].checksum != checksum]
-    if not other:
-        return ()
-    return (
-        f"made again with other bytes than before: {listing(other)}. They are right, but their last bits come from "
-        "another version or processor, or from other weights in the inputs; the manifest has their checksums",
-    )
-
-
-def changed_inputs(plan: Plan) -> tuple[str, ...]:
-    """A message for each shard of the inputs that is not as it was when the run was planned."""
-    changed = []
-    for shard in (*plan.base.shards, *plan.aligned.shards):
-        try:
-            now = shard.path.stat()
-            same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
-        except OSError:
-            same = False
-        if not same:
-            changed.append(f"{shard.path}: was modified while the run read it. Run again with --overwrite to be sure")
-    return tuple(changed)
-
-
-def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str, ...]:
-    """What a person should know of the finished tensors, each a complete message."""
-    rows = sorted(finished, key=lambda facts: facts.name)
-    total = totals(rows)
-    warnings = [notice for facts in rows for notice in facts.notices]
-    if len(warnings) > 6:
-        warnings = [*warnings[:5], f"... and {len(warnings) - 5} more tensors like these; the manifest names them all"]
-    if total.retention is not None and total.retention < LOW_RETENTION and options.rounding == "nearest":
-        warnings.append(
-            f"only {total.retention:.0%} of the update survives the rounding to the output's dtype: most of its "
-            "elements are smaller than half a step. Keep all of it on average with --rounding stochastic"
-        )
-    if total.identical and not total.extrapolated:
-        warnings.append(
-            f"base and aligned hold the same weights: all {total.identical} matrices were copied, none extrapolated. "
-            "Is one of the two the wrong model?"
-        )
-    if total.not_unique:
-        warnings.append(
-            f"{len(total.not_unique)} tensors have no gap after singular value {options.rank}: their rank-"
-            f"{options.rank} part is one of many equally good ones ({total.not_unique[0]}, ...)"
-        )
-    if total.not_converged:
-        warnings.append(
-            f"{len(total.not_converged)} tensors did not reach the tolerance {options.tolerance:g} "
-            f"({total.not_converged[0]}, ...). Check them with --svd exact, or choose another rank"
-        )
-    return tuple(warnings)
 
 
 class _Memory:

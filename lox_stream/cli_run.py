@@ -86,7 +86,7 @@ def carry_out(request: Request) -> int:
 
 def _still_to_do(request: Request, made: Plan) -> Plan:
     """The plan without what an unfinished run has finished, for --resume; ResumeError if that run is another."""
-    from lox_stream.writer import resumable
+    from lox_stream.resuming import resumable
 
     state = resumable(made)[0] if request.resume else None
     finished = state.finished if state is not None else {}

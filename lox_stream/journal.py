@@ -23,7 +23,7 @@ from lox_stream import files
 from lox_stream.checkpoint import Checkpoint, Shard
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.names import listing, printable, shown
+from lox_stream.names import printable, shown
 from lox_stream.options import Options, is_gpu
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
@@ -35,8 +35,6 @@ FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes", "kernels")  # no 
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
 OPTIONAL_FLOATS = ("retention", "energy", "residual", "gap", "predicted_error", "predicted_share")
 
-MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
-
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -45,26 +43,6 @@ class Replay:
     header: dict[str, Any]
     sessions: tuple[dict[str, Any], ...]
     finished: dict[str, TensorFacts]
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A tensor that is not what was written, or with `name` the same as `file` one of the other bytes of a file."""
-
-    name: str
-    file: str  # relative to the output's folder
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What of an output is right, byte by byte: where a repair begins."""
-
-    state: Replay  # its finished tensors are those that are right
-    whole: frozenset[str]  # shards that are right, under their own names
-    damaged: tuple[Damage, ...]
-    checksums: dict[str, str]  # that the damaged tensors should have
-    complete: bool  # a finished output, and not the state of a run
-    warnings: tuple[str, ...] = ()
 
 
 def finite(value: Any) -> Any:
@@ -215,33 +193,6 @@ def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
         if not isinstance(record, dict):
             return
         yield record
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What forbids to go on with the run of identity `old` as `new`, and what is only worth a warning."""
-    refused = [
-        f"--{printable(name).replace('_', '-')} is {shown(new['options'].get(name))}, the run began with {shown(value)}"
-        for name, value in old["options"].items()
-        if value != new["options"].get(name) and (name, value) != MAY_CHANGE
-    ]
-    warned = [
-        f"{printable(name)} is {new['versions'].get(name)}, the run began with {printable(str(value))}: the last bits "
-        "may differ"
-        for name, value in old["versions"].items()
-        if value != new["versions"].get(name)
-    ]
-    for side in ("base", "aligned"):
-        before, now = old["inputs"][side], new["inputs"][side]
-        if sorted(before) != sorted(now):
-            refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
-            continue
-        for name, was in before.items():
-            changed = [key for key in ("size", "header", "sample") if key in was and was[key] != now[name][key]]
-            if changed:
-                refused.append(f"{side} {name}: not the file that the run began with ({', '.join(changed)} differ)")
-            elif was.get("mtime_ns", now[name]["mtime_ns"]) != now[name]["mtime_ns"]:
-                warned.append(f"{side} {name}: was modified since the run began; size and header are the same")
-    return refused, warned
 
 
 class Journal:

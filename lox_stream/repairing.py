@@ -14,15 +14,16 @@ from typing import Any
 from lox_stream.errors import OutputError
 from lox_stream.facts import TensorFacts
 from lox_stream.files import partial
-from lox_stream.journal import Damage, Replay, Survey, byte_options, identity, tensor_facts
+from lox_stream.journal import Replay, byte_options, identity, tensor_facts
 from lox_stream.manifest import read_manifest
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
+from lox_stream.resuming import Damage, Survey, agreed, resumable
 from lox_stream.sampling import options_of
 from lox_stream.sealing import opened
 from lox_stream.shards import Shard, is_regular, written_bytes
 from lox_stream.verifying import Check, Span, check_files, check_shard
-from lox_stream.writer import agreed, is_own, resumable
+from lox_stream.writer import is_own
 
 AGAIN = "Start again with --overwrite"
 Seen = Callable[[Check], None]

@@ -19,33 +19,15 @@ from lox_stream.checkpoint import Shard
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
-from lox_stream.journal import Journal, Replay, Survey, differences, identity, replay, session
+from lox_stream.journal import Journal, Replay, identity, replay, session
 from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import GO_ON, Place
 from lox_stream.planning import Plan, output_names
+from lox_stream.resuming import Survey, resumable
 from lox_stream.shards import written_bytes
 
 AGAIN = "Choose another --out, or run the same command again."
-
-
-def resumable(plan: Plan) -> tuple[Replay | None, list[str]]:
-    """What the journal in the output folder says, or None, and warnings; ResumeError if it is of another run."""
-    assert plan.out is not None, "a plan that writes has a folder"
-    state = replay(plan.out)
-    return (None, []) if state is None else (state, agreed(plan, state.header))
-
-
-def agreed(plan: Plan, began: Mapping[str, Any]) -> list[str]:
-    """Warnings of a plan that is to go on with what has the identity `began`; ResumeError if that is another run."""
-    refused, warned = differences(began, identity(plan))
-    if refused:
-        lines = "".join(f"\n  {line}" for line in refused)
-        raise ResumeError(
-            f"{plan.out}: cannot be resumed, this is another run:{lines}\n"
-            "Give the inputs and options it began with, or start again with --overwrite"
-        )
-    return warned
 
 
 def is_own(path: Path) -> bool:

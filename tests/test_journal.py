@@ -13,8 +13,9 @@ import pytest
 from lox_stream import journal
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.journal import FORMAT, Journal, Replay, differences, finite, replay, tensor_facts
+from lox_stream.journal import FORMAT, Journal, Replay, finite, replay, tensor_facts
 from lox_stream.output_rules import JOURNAL
+from lox_stream.resuming import differences
 
 MATRIX = MatrixFacts(
     delta_norm=0.1 + 0.2,

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from lox_stream import OptionError, Options, OutputError, ResumeError, extrapolate
 from lox_stream.cli import commands
-from lox_stream.journal import Damage
 from lox_stream.locating import locate
 from lox_stream.output_rules import JOURNAL, MANIFEST
+from lox_stream.resuming import Damage
 from lox_stream.sealing import opened, sealed
 from lox_stream.shards import read_shard
 from lox_stream.synthetic import pair_of
@@ -228,15 +228,16 @@ def assert_untouched_or_mended(out: Path, whole: dict[str, bytes]) -> None:
     assert wrong in ([], sorted(["config.json", shard_of(out).name]))
 
 
+@pytest.mark.parametrize("bit", [64 + 8, -1], ids=["header", "tensor"])
 @pytest.mark.parametrize("then", [{"repair": True}, {"repair": False}], ids=["repair", "resume"])
 @pytest.mark.parametrize("made", ["one file", "two shards"], indirect=True)
-def test_a_repair_that_crashes_at_any_step_is_repaired_by_the_same_command(made, tmp_path, then):
+def test_a_repair_that_crashes_at_any_step_is_repaired_by_the_same_command(made, tmp_path, then, bit):
     base, aligned, whole_out = made
     whole, out = content(whole_out), tmp_path / "out"
     for moment in itertools.count():
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(whole_out, out)
-        flip(shard_of(out), 8 * shard_of(out).stat().st_size - 1)
+        flip(shard_of(out), bit % (8 * shard_of(out).stat().st_size))
         flip(out / "config.json", 9)
         with pytest.MonkeyPatch.context() as patch:
             killed_at(patch, moment)
@@ -246,6 +247,8 @@ def test_a_repair_that_crashes_at_any_step_is_repaired_by_the_same_command(made,
             except Killed:
                 pass
         shown = (out / MANIFEST).exists() and not (out / JOURNAL).exists()
+        if (out / MANIFEST).exists():
+            assert not list(out.glob("*.safetensors.partial")), "withdrawn before its weights are"
         if then["repair"] or not shown:
             mend((base, aligned, out), **then)
             same = content(out)
