@@ -22,6 +22,7 @@ from lox_stream.planning import Plan
 TAGS = ("lox", "safety")
 LOW_RETENTION = 0.6
 MAX_FRONT_MATTER = 1 << 16  # characters
+MAX_BRACKETS = 1 << 9  # two thousand, one inside the other, take yaml a second
 FRONT_MATTER = re.compile(r"\A(\ufeff?---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
 CITATION = """```bibtex
 @inproceedings{perin2025lox,
@@ -65,15 +66,15 @@ def model_name(checkpoint: Checkpoint) -> str:
 def completed(card: str, entries: dict[str, str | Sequence[str]]) -> str:
     """The card with `entries` in its front matter: lists are added to, keys that have a value keep it.
 
-    A card without front matter gets one; one whose front matter is no YAML mapping in block style, or over 64 KiB,
-    stays as it is.
+    A card without front matter gets one; one whose front matter is no YAML mapping in block style, or of over
+    64 KiB or 512 brackets, stays as it is.
     """
     found = FRONT_MATTER.match(card)
     if found is None:
         return f"---\n{_yaml(entries)}---\n\n{card}"
     opening, body, closing = found.groups()
     newline = "\r\n" if opening.endswith("\r\n") else "\n"
-    if len(body) > MAX_FRONT_MATTER:
+    if len(body) > MAX_FRONT_MATTER or body.count("[") + body.count("{") > MAX_BRACKETS:
         return card
     try:
         root = yaml.compose(body, Loader=yaml.SafeLoader)

@@ -228,7 +228,9 @@ def test_a_manifest_of_names_that_no_file_has_fails_and_does_not_crash(tmp_path,
     assert all(check.message.isprintable() for check in checks)
 
 
-@pytest.mark.parametrize("value", ["[" * 2000, "{a: " * 300, "- " * 2000, "x" * (1 << 17), "&a [*a]", "a: b: c"])
+@pytest.mark.parametrize(
+    "value", ["[" * 2000, "[" * 500, "{a: " * 300, "- " * 2000, "x" * (1 << 17), "&a [*a]", "a: b: c"]
+)
 def test_a_card_whose_front_matter_is_hostile_stays_as_it_is(value):
     card = f"---\ntags: {value}\n---\n# A model\n"
     assert completed(card, {"tags": ["lox"]}) == card

@@ -149,6 +149,16 @@ def test_a_whole_output_is_not_touched(sides):
     assert {path: path.stat().st_mtime_ns for path in sides[2].rglob("*")} == before
 
 
+@pytest.mark.parametrize("made", ["two shards"], indirect=True)
+def test_a_shard_that_is_right_is_not_touched(sides):
+    damaged, right = sorted(sides[2].glob("*.safetensors"))
+    before = right.stat()
+    flip(damaged, 8 * damaged.stat().st_size - 1)
+    mend(sides)
+    after = right.stat()
+    assert (after.st_ctime_ns, after.st_ino) == (before.st_ctime_ns, before.st_ino), "not even its name was another"
+
+
 def shard_of(out: Path) -> Path:
     return sorted(out.glob("*.safetensors"))[0]
 
