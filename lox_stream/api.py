@@ -141,11 +141,8 @@ class _Looking:
     """A survey of the output of `plan`, with the caller's `progress` and his way to stop it."""
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None, cancel: threading.Event) -> None:
-        self._plan, self._report, self._cancel = (
-            plan,
-            _Reporter(plan, [*plan.steps], progress, time.monotonic()),
-            cancel,
-        )
+        self._plan, self._cancel = plan, cancel
+        self._report = _Reporter(plan, [*plan.steps], progress, time.monotonic())
 
     def __call__(self) -> Survey:
         return survey(self._plan, self._seen)

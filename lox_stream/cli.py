@@ -264,7 +264,14 @@ def _inspect(folder: Path, recipe: Path | None, as_json: bool) -> int:
 @click.argument("out", type=FOLDER, metavar="OUT")
 @click.option("--base", type=FOLDER, metavar="DIR", help="The base that the run had; with --aligned.")
 @click.option("--aligned", type=FOLDER, metavar="DIR", help="The aligned model that the run had; with --base.")
-@click.option("--sample", default=3, metavar="N", show_default=True, help="Matrices to recompute, with inputs given.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=3,
+    metavar="N",
+    show_default=True,
+    help="Matrices to recompute, with inputs given.",
+)
 @click.option("--seed", default=0, metavar="N", show_default=True, help="Picks the matrices.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
 def _verify(out: Path, base: Path | None, aligned: Path | None, sample: int, seed: int, as_json: bool) -> int:

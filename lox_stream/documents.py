@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lox_stream import files
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
 from lox_stream.output_rules import MANIFEST, MODEL_CARD
+from lox_stream.placing import GO_ON
 from lox_stream.planning import Plan
 from lox_stream.sealing import sealed
 
@@ -23,7 +25,7 @@ def written_documents(
 ) -> dict[str, bytes]:
     """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`.
 
-    Reads the companions, for their checksums.
+    Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
     written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
     if plan.aligned.index_name is not None:
@@ -31,6 +33,8 @@ def written_documents(
     beside = {name: stamp([data]) for name, data in written.items()}
     for relative in plan.aligned.companions:
         if relative.as_posix() not in written:
-            beside[relative.as_posix()] = stamp_of(plan.aligned.folder / relative)
+            path = plan.aligned.folder / relative
+            with files.explained(path, "read it", GO_ON):
+                beside[relative.as_posix()] = stamp_of(path)
     facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside)
     return written | {MANIFEST: sealed(as_json(facts))}

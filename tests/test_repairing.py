@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lox_stream import OptionError, Options, OutputError, ResumeError, extrapolate
+from lox_stream import Cancelled, OptionError, Options, OutputError, ResumeError, extrapolate
 from lox_stream.cli import commands
 from lox_stream.locating import locate
 from lox_stream.output_rules import JOURNAL, MANIFEST
@@ -349,6 +350,48 @@ def test_bytes_that_come_out_otherwise_are_said(sides):
     assert list(locate(*reversed_sides(sides), failures(out))) == [], "no byte can be called wrong"
     assert any("other bytes than before: layers.1.weight" in warning for warning in mend(sides).warnings)
     assert failures(out) == []
+
+
+def test_another_version_is_a_warning(sides):
+    out = sides[2]
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    del manifest["seal"]
+    manifest["versions"]["torch"] = "0.4.1"
+    (out / MANIFEST).write_bytes(sealed(json.dumps(manifest, indent=2).encode() + b"\n"))
+    assert any("torch is" in warning and "0.4.1" in warning for warning in mend(sides).warnings)
+
+
+def test_the_check_of_every_byte_can_be_stopped_and_reports_its_progress(sides):
+    out, stop, seen = sides[2], threading.Event(), []
+    flip(shard_of(out), 8 * shard_of(out).stat().st_size - 1)
+    damaged = content(out)
+
+    def watch(progress):
+        seen.append(progress.done_bytes / progress.total_bytes)
+        if len(seen) == 3:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        mend(sides, progress=watch, cancel=stop)
+    assert content(out) == damaged
+    assert seen == sorted(seen)
+    assert max(seen) < 1
+
+
+def test_a_companion_that_is_gone_at_the_end_leaves_a_run_that_can_be_resumed(made, tmp_path):
+    base, aligned, _ = made
+    shutil.copytree(aligned, tmp_path / "aligned")
+    gone = tmp_path / "aligned" / "assets" / "tokenizer.model"
+
+    def take_away(progress):
+        if progress.done_tensors == progress.total_tensors:
+            gone.unlink(missing_ok=True)
+
+    with pytest.raises(OutputError, match=r"tokenizer.model: cannot read it: .* --resume goes on"):
+        extrapolate(base, tmp_path / "aligned", tmp_path / "out", options=Options(rank=2), progress=take_away)
+    gone.write_bytes((aligned / "assets" / "tokenizer.model").read_bytes())
+    extrapolate(base, tmp_path / "aligned", tmp_path / "out", options=Options(rank=2), resume=True)
+    assert failures(tmp_path / "out") == []
 
 
 def reversed_sides(sides: tuple[Path, Path, Path]) -> tuple[Path, Path, Path]:

@@ -271,6 +271,14 @@ NARROW = {
 }
 
 
+def test_the_manifest_names_the_files_that_were_read(tmp_path, tensors):
+    sides = saved(tmp_path / "base", tensors, shards=2), saved(tmp_path / "aligned", moved(tensors))
+    extrapolate(*sides, tmp_path / "out")
+    inputs = json.loads((tmp_path / "out" / "lox_stream.json").read_bytes())["inputs"]
+    assert [*inputs["aligned"]["shards"]] == ["pytorch_model.bin"]
+    assert [*inputs["base"]["shards"]] == [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_dtypes_that_have_no_storage_of_their_own_are_known_by_name(tmp_path, dtype):
     data = torch.arange(1, 9, dtype=torch.float32).to(NARROW[dtype])
