@@ -230,6 +230,7 @@ def opcodes(pickled: bytes) -> list[bytes]:
 
 
 STRANGE = (
+    b"\x96\0\0\0\0\0\1\0\0",  # 2^40 bytes, which BYTEARRAY8 allocates before it reads one
     *(
         b"cos\nsystem\n",
         b"cbuiltins\neval\n",
@@ -322,7 +323,7 @@ STRANGE = (
         b"\x80\xff",
         b".",
     ),
-    (b"2\x86" * 60) + b"K\1s",  # a key that is a tuple of tuples of tuples: 2^60 steps to hash
+    (b"q\0h\0\x86" * 60) + b"K\1s",  # a key that is a tuple of tuples of tuples: 2^60 steps to hash
 )
 
 

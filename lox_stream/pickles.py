@@ -90,7 +90,7 @@ def read_pickle(file: IO[bytes]) -> dict[str, StoredTensor]:
     """The named tensors of a pickle. Raises RefusedError for everything that is none, damaged pickles too."""
     try:
         return _state_dict(_Reader(file).load())
-    except RefusedError:
+    except (RefusedError, MemoryError):
         raise
     except Exception as error:  # the bytes are a stranger's program: whatever it does wrong, it is not loaded
         raise RefusedError(f"it is damaged or no pickle ({str(error) or type(error).__name__})") from error
@@ -125,13 +125,21 @@ def _shown(keys: list[Any]) -> str:
     return ", ".join(str(key)[:60] for key in keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
+WRITTEN = (  # by torch.save; others may allocate what they only claim (BYTEARRAY8), make objects, or hash anything
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.MEMOIZE, pickle.BINPUT),
+    *(pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE),
+    pickle.BINPERSID,
+)
 PLAIN: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
 
 
 class _Reader(pickle._Unpickler):  # the one in Python: its memo cannot be made huge
     """Makes plain values and descriptions of tensors, and refuses the rest by its name."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(PLAIN)
     stack: list[Any]  # since the last mark
 
     def find_class(self, module: str, name: str) -> Any:
@@ -161,27 +169,20 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo cannot be made 
             _hashable(key)
         PLAIN[pickle.SETITEMS[0]](self)
 
-    def load_dict(self) -> None:
-        for key in self.stack[::2]:
-            _hashable(key)
-        PLAIN[pickle.DICT[0]](self)
-
     def load_build(self) -> None:
         """Attributes that an OrderedDict of torch has (`_metadata`) change nothing; others have none."""
         self.stack.pop()
 
     def load_refused(self) -> None:
-        raise RefusedError("it makes sets or objects, expected tensors")
+        raise RefusedError("it has operations that torch.save does not write")
 
-    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict}
-    dispatch |= {pickle.BUILD[0]: load_build}
-    dispatch |= dict.fromkeys(
-        (
-            *(pickle.INST[0], pickle.OBJ[0], pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0]),
-            *(pickle.FROZENSET[0], pickle.ADDITEMS[0], pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0]),
-        ),
-        load_refused,
-    )
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **dict.fromkeys(PLAIN, load_refused),
+        **{operation[0]: PLAIN[operation[0]] for operation in WRITTEN},
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BUILD[0]: load_build,
+    }
 
 
 @dataclass(frozen=True)

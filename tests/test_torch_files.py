@@ -323,13 +323,13 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatSto
 @pytest.mark.parametrize(
     ("pickled", "told"),
     [
-        (b"}" + b")" + b"2\x86" * 60 + b"K\1s.", "a key in it is a tuple"),  # 2^60 steps to hash
+        (b"}" + b")" + b"q\0h\0\x86" * 60 + b"K\1s.", "a key in it is a tuple"),  # 2^60 steps to hash
         (
-            b"ccollections\nOrderedDict\n(])" + b"2\x86" * 60 + b"K\1\x86atR.",
+            b"ccollections\nOrderedDict\n(])" + b"q\0h\0\x86" * 60 + b"K\1\x86atR.",
             "a dictionary in a way that torch does not",
         ),
-        (b"\x8f(K\1\x90.", "it makes sets or objects"),
-        (b"ccollections\nOrderedDict\n)\x81.", "it makes sets or objects"),
+        (b"\x8f(K\1\x90.", "operations that torch.save does not write"),
+        (b"ccollections\nOrderedDict\n)\x81.", "operations that torch.save does not write"),
         (b"}X\1\0\0\0a" + TENSOR + b"K\0)" + b")tRX\5\0\0\0shapeK\1sbs.", ""),
         (b"}X\1\0\0\0a" + TENSOR + b"K\0K\2)tRs.", "without storage, shape or strides"),
         (b"}X\1\0\0\0a" + TENSOR + b"J\xff\xff\xff\xff))tRs.", "are no sizes"),
@@ -337,8 +337,9 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatSto
         (b"}X\1\0\0\0actorch._utils\n_rebuild_parameter\n(K\1tRs.", "a parameter that is no tensor"),
         (b"\x80\2}X\xff\xff\xff\x7fa.", "damaged or no pickle"),
         (b"\x80\4\x95\0\0\0\0\0\0\0\x40.", "damaged or no pickle"),
-        (b"I" + b"9" * 5000 + b"\n.", "damaged or no pickle"),
-        (b"}\x8b\0\x10\0\0" + b"\x7f" * 4096 + TENSOR + b"K\0))tRs.", "keys are no names"),
+        (b"I" + b"9" * 5000 + b"\n.", "operations that torch.save does not write"),
+        (b"\x96\0\0\0\0\0\1\0\0.", "operations that torch.save does not write"),  # a bytearray of 2^40 bytes, at once
+        (b"}\x8a\xff" + b"\x7f" * 255 + TENSOR + b"K\0))tRs.", "keys are no names"),
         (b"", "damaged or no pickle"),
     ],
 )
