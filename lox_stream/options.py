@@ -156,7 +156,8 @@ def check_ways(*, resume: bool, overwrite: bool, repair: bool) -> None:
 def _whole_number(option: str, value: object, low: int, high: int | None, hint: str) -> list[str]:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= (high or MAX_NUMBER):
         return []
-    wanted = f"{low} or more, to {MAX_NUMBER}" if high is None else f"{low} to {high}"
+    unbounded = high is None and not (isinstance(value, int) and value > MAX_NUMBER)
+    wanted = f"{low} or more" if unbounded else f"{low} to {high or MAX_NUMBER}"
     return [f"{option} is {shown(value)}, expected a whole number, {wanted}; {hint}"]
 
 

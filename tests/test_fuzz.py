@@ -141,7 +141,10 @@ def test_a_header_that_is_nested_deeply_is_refused(tmp_path, depth, place):
     ("text", "told"),
     [
         ("rank = 0x" + "f" * 5000, "recipe.toml, line 1: --rank is a int that is too large to be shown"),
-        ("\nrank = 99999999999999999999", f"recipe.toml, line 2: --rank is 9{{20}}, expected .* to {MAX_NUMBER}"),
+        (
+            "\nrank = 99999999999999999999",
+            f"recipe.toml, line 2: --rank is 9{{20}}, expected a whole number, 0 to {MAX_NUMBER}",
+        ),
         ("alpha = 1\nrank = '1'", "recipe.toml, line 2: --rank is '1', expected a whole number"),
         ("alpha = 0x" + "f" * 300, "recipe.toml, line 1: --alpha is"),
         ("rank = " + "9" * 5000, "is no TOML"),
