@@ -141,11 +141,15 @@ def repaired_text(summary: Summary) -> str:
     if not damaged:
         return f"nothing to repair: every byte of {summary.out} is as it was written"
     tensors = [f"{damage.name} in {damage.file}" for damage in damaged if damage.name != damage.file]
-    others = [damage.file for damage in damaged if damage.name == damage.file]
+    others = [
+        ("header of " if damage.file.endswith(".safetensors") else "") + damage.file
+        for damage in damaged
+        if damage.name == damage.file
+    ]
     lines = [f"repaired {len(tensors)} of {counted(summary.totals.tensors, 'tensor')}"]
     lines[0] += f": {listing(tensors)}" if tensors else ""
     if others:
-        lines.append(f"written again, but for their tensors: {listing(others)}")
+        lines.append(f"written again: {listing(others)}")
     return "\n".join(lines)
 
 

@@ -426,11 +426,12 @@ def test_the_command_says_what_was_repaired_in_one_line(sides):
         ("config.json", "file", {"first_byte": 0, "bytes": 1}),
         (shard.name, "tensor", {"first_byte": info.start, "bytes": 1}),
     ]
+    flip(shard, 75)
     result = lox(*command)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         f"repaired 1 of 5 tensors: {info.name} in {shard.name}",
-        "  written again, but for their tensors: config.json",
+        f"  written again: config.json, header of {shard.name}",
     ]
     flip(shard, 8 * info.start + 5)
     document = json.loads(lox(*command, "--json", "--quiet").stdout)
