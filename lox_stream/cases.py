@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lox_stream.delta import first_not_finite
 from lox_stream.errors import DataError, OptionError
-from lox_stream.matching import Step, matrix_name
+from lox_stream.matching import Step
 from lox_stream.names import listing, matches, near_misses, printable, unmatched
 from lox_stream.planning import Plan
-from lox_stream.processing import stacked
-from lox_stream.reader import mapped
+from lox_stream.reader import mapped, matrix_at
+from lox_stream.regions import Region, regions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class Choice:
     """One matrix (m, n) of a step."""
 
     step: Step
-    index: int  # in the stack; 0 otherwise
+    region: Region
 
     @property
     def name(self) -> str:
-        return matrix_name(self.step, self.index)
+        return self.step.name + self.region.label
 
 
 def choose(plan: Plan, globs: Sequence[str], per_shape: int, seed: int) -> list[Choice]:
@@ -43,15 +43,15 @@ def choose(plan: Plan, globs: Sequence[str], per_shape: int, seed: int) -> list[
     classes: dict[tuple[int, int, str], list[Choice]] = {}
     for step in steps:
         if not globs or matches(step.name, globs):
-            choices = classes.setdefault((step.m, step.n, step.aligned.dtype), [])
-            choices += [Choice(step, index) for index in range(step.count)]
+            for region in regions_of(step):
+                classes.setdefault((region.m, region.n, step.aligned.dtype), []).append(Choice(step, region))
     picked = [
         choice
         for shape, choices in classes.items()
         for choice in random.Random(f"{seed}:{shape}").sample(choices, min(per_shape, len(choices)))
     ]
     place = {id(step): number for number, step in enumerate(steps)}
-    return sorted(picked, key=lambda choice: (place[id(choice.step)], choice.index))
+    return sorted(picked, key=lambda choice: (place[id(choice.step)], choice.region.index))
 
 
 def load(choice: Choice) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,8 @@ def load(choice: Choice) -> tuple[Tensor, Tensor]:
     step = choice.step
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     with mapped(step.aligned) as aligned, mapped(step.base) as base:
-        w1 = stacked(aligned, step.aligned.dtype, step)[choice.index].clone()
-        w0 = stacked(base, step.base.dtype, step)[choice.index].clone()
+        w1 = matrix_at(aligned, step.aligned.dtype, choice.region).clone()
+        w0 = matrix_at(base, step.base.dtype, choice.region).clone()
     if not (bool(w1.isfinite().all()) and bool(w0.isfinite().all())):
         where = first_not_finite(w1, w0)
         raise DataError(f"{printable(choice.name)}: {where}; expected finite numbers. Leave it out with --tensors")

@@ -162,6 +162,11 @@ def commands() -> None:
     help="What to do where shapes differ; overlap: extrapolate the rows that both have (a vocabulary that grew).",
 )
 @click.option(
+    "--split-fused",
+    is_flag=True,
+    help="Extrapolate the parts of fused projections (qkv_proj, gate_up_proj, c_attn, ...) each by itself.",
+)
+@click.option(
     "--on-nonfinite",
     type=click.Choice(["error", "copy"]),
     default=DEFAULTS.on_nonfinite,
@@ -246,8 +251,9 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: A
 @click.option(
     "--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Show what each rule of this recipe hits, too."
 )
+@click.option("--split-fused", is_flag=True, help="Show the parts of fused projections, as `run` would split them.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, each tensor in it.")
-def _inspect(folder: Path, recipe: Path | None, as_json: bool) -> int:
+def _inspect(folder: Path, recipe: Path | None, split_fused: bool, as_json: bool) -> int:
     """Show what a checkpoint holds and what `run` would do with it.
 
     \b
@@ -257,7 +263,7 @@ def _inspect(folder: Path, recipe: Path | None, as_json: bool) -> int:
     """
     from lox_stream.cli_inspect import look
 
-    return look(folder, recipe, as_json=as_json)
+    return look(folder, recipe, split_fused=split_fused, as_json=as_json)
 
 
 @commands.command("verify")

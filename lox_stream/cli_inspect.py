@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lox_stream.inspecting import inspect_checkpoint, inspection_summary
@@ -11,10 +12,11 @@ from lox_stream.recipes import read_recipe
 from lox_stream.signals import Interruption
 
 
-def look(path: Path, recipe: Path | None, *, as_json: bool) -> int:
+def look(path: Path, recipe: Path | None, *, split_fused: bool, as_json: bool) -> int:
     """Show a checkpoint; returns the exit code, raises CheckpointError, and OptionError for the recipe."""
     with Interruption(lambda: "stopped"):
         options = Options() if recipe is None else Options(**read_recipe(recipe))
+        options = replace(options, split_fused=options.split_fused or split_fused)
         seen = inspect_checkpoint(path, options)
         if as_json:
             echo_json(inspection_summary(seen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -10,9 +10,11 @@ from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.errors import OptionError
+from lox_stream.fused import Parts, fused_warnings, parts_of
+from lox_stream.kinds import stack_of
 from lox_stream.matching import decide, glob_problems
 from lox_stream.names import matches, pattern_of
-from lox_stream.options import Options, Rule, check_options, rule_for, said_by
+from lox_stream.options import Options, Rule, check_options, options_for, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
@@ -31,6 +33,7 @@ class Row:
     group: str  # the name with its numbers as stars
     action: str  # "extrapolate" | "copy" | "refuse"
     reason: str  # as in a plan; for "refuse" the quantisation scheme or the dtype
+    parts: tuple[str, ...] = ()  # of a fused projection that `run` would split
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Group:
     n_bytes: int
     actions: tuple[str, ...]
     reasons: tuple[str, ...]
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         raise OptionError("\n".join(problems))
     schemes = quantised_tensors(checkpoint)
     rows = tuple(
-        _row(tensor, shard.name, options, schemes.get(tensor.name))
+        _row(tensor, shard.name, options, schemes.get(tensor.name), checkpoint.config)
         for shard in checkpoint.shards
         for tensor in shard.tensors
     )
@@ -111,7 +115,7 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         quantisation=_sums((scheme, 1) for scheme in schemes.values()),
         quantisation_method=quantisation_method(checkpoint.config),
         companions=checkpoint.companions,
-        warnings=checkpoint.warnings,
+        warnings=(*checkpoint.warnings, *fused_warnings(_unsplit(rows, options))),
         rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
     )
 
@@ -141,15 +145,26 @@ def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
     return tied
 
 
-def _row(tensor: TensorInfo, shard_name: str, options: Options, scheme: str | None) -> Row:
+def _unsplit(rows: Iterable[Row], options: Options) -> Iterator[str]:
+    """Names of the matrices that are to be split, if they are fused, and are not."""
+    for row in rows:
+        if row.action == "extrapolate" and not row.parts and options_for(row.name, options).split_fused:
+            yield row.name
+
+
+def _row(tensor: TensorInfo, shard_name: str, options: Options, scheme: str | None, config: Mapping[str, Any]) -> Row:
     reason: str = decide(tensor, options)
     action = "extrapolate" if reason == "matrix" else "copy"
     if scheme is not None and reason in ("matrix", "integer"):
         action, reason = "refuse", scheme
     elif reason == "matrix" and tensor.dtype not in FLOATS:
         action, reason = "refuse", tensor.dtype
+    parts: Parts = ()
+    if action == "extrapolate" and options_for(tensor.name, options).split_fused:
+        parts = parts_of(tensor.name, *stack_of(tensor.name, tensor.shape, config)[1:], config)
     group = pattern_of(tensor.name)
-    return Row(tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes, shard_name, group, action, reason)
+    labels = tuple(part.label for part in parts)
+    return Row(tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes, shard_name, group, action, reason, labels)
 
 
 def _groups(rows: Iterable[Row]) -> tuple[Group, ...]:
@@ -165,6 +180,7 @@ def _groups(rows: Iterable[Row]) -> tuple[Group, ...]:
             sum(row.n_bytes for row in group),
             tuple(dict.fromkeys(row.action for row in group)),
             tuple(dict.fromkeys(row.reason for row in group)),
+            tuple(dict.fromkeys(part for row in group for part in row.parts)),
         )
         for pattern, group in members.items()
     )

@@ -101,6 +101,7 @@ def manifest_of(
     `stamp` of each file beside the weights.
     """
     index = plan.aligned.index_name
+    parts = {step.name: {"parts": [part.label for part in step.parts]} for step in plan.steps if step.parts}
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -109,7 +110,7 @@ def manifest_of(
         "index": index,
         "shards": {shard.name: _shard(shard, finished) for shard in plan.aligned.shards},
         "tensors": {
-            tensor.name: _tensor(shard, finished[tensor.name], tensor.dtype, tensor.shape)
+            tensor.name: _tensor(shard, finished[tensor.name], tensor.dtype, tensor.shape) | parts.get(tensor.name, {})
             for shard in plan.aligned.shards
             for tensor in shard.tensors
         },

@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
 from lox_stream.names import listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
 from lox_stream.options import Options, options_for, rule_for
@@ -23,8 +24,8 @@ _MANY = 12  # problems of one kind beyond this many become one message
 class Step:
     """What happens to one tensor of the aligned checkpoint.
 
-    A tensor is a stack of `count` matrices of (m, n), as `kinds.stack_of` has it. What lies behind them (rows of a
-    vocabulary that base has not) is copied.
+    A tensor is a stack of `count` matrices of (m, n), as `kinds.stack_of` has it, and each of these is split into
+    `parts` if there are any. What lies behind them (rows of a vocabulary that base has not) is copied.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Step:
     m: int = 0
     n: int = 0
     seed_name: str = ""  # seeds solver and rounding; for a tied copy the other's name, so that both get the same bytes
+    parts: tuple[Part, ...] = ()  # of a fused projection that is split
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:
@@ -67,7 +69,8 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
         problems, others = [*others, *problems], []
     if _changes(options):
         problems += _weight_problems(base, aligned, reasons, pairs.partners, options)
-    return tuple(steps), problems, [*_warnings(base, pairs, options), *pairs.warnings, *others]
+    warnings = [*_warnings(base, pairs, options), *_fused_warnings(steps, options), *pairs.warnings]
+    return tuple(steps), problems, [*warnings, *others]
 
 
 def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], options: Options) -> dict[str, Reason]:
@@ -88,8 +91,9 @@ def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options:
     count, m, n = stack_of(name, tensor.shape, aligned.config)
     if partner is not None and partner.shape != tensor.shape and overlapping(tensor.shape, partner.shape):
         count, m = 1, min(tensor.shape[0], partner.shape[0])
-    rank = options_for(seed_name, options).rank
-    return Step(name, tensor, partner, "extrapolate", reason, rank, count, m, n, seed_name)
+    own = options_for(seed_name, options)
+    parts = parts_of(name, m, n, aligned.config) if own.split_fused else ()
+    return Step(name, tensor, partner, "extrapolate", reason, own.rank, count, m, n, seed_name, parts)
 
 
 def _changes(options: Options) -> bool:
@@ -122,11 +126,6 @@ def _weight_problems(
 def covered_bytes(step: Step) -> int:
     """Of an extrapolated tensor's bytes, those of its matrices; what lies behind them is copied."""
     return step.count * step.m * step.n * DTYPE_BYTES[step.aligned.dtype]
-
-
-def matrix_name(step: Step, index: int) -> str:
-    """The tensor's name, with [index] where it is a stack of several matrices."""
-    return step.name if step.count == 1 else f"{step.name}[{index}]"
 
 
 def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
@@ -237,6 +236,13 @@ def _dtype_problems(
                     f"Copy it unchanged with --skip '{pattern}'"
                 ] = None
     return list(problems)
+
+
+def _fused_warnings(steps: Iterable[Step], options: Options) -> list[str]:
+    asked = [
+        step for step in steps if step.action == "extrapolate" and options_for(step.seed_name, options).split_fused
+    ]
+    return fused_warnings([step.name for step in asked if not step.parts])
 
 
 def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:

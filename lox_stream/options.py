@@ -27,6 +27,7 @@ class Rule:
     alpha: float | None = None
     rounding: Literal["nearest", "stochastic"] | None = None
     skip: bool = False
+    split_fused: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Options:
     rename: tuple[str, ...] = ()  # PATTERN=REPLACEMENT: names of base as aligned has them
     on_missing: Literal["error", "copy"] = "error"  # a matrix that base lacks
     on_shape_mismatch: Literal["error", "copy", "overlap"] = "error"  # overlap: the rows that both have
+    split_fused: bool = False  # the parts of fused projections as matrices of their own
     recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
@@ -60,7 +62,7 @@ def rule_for(name: str, options: Options) -> Rule | None:
 
 def said_by(rule: Rule) -> dict[str, Any]:
     """The options that a rule changes."""
-    said = {"rank": rule.rank, "alpha": rule.alpha, "rounding": rule.rounding}
+    said = {name: getattr(rule, name) for name in ("rank", "alpha", "rounding", "split_fused")}
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -107,6 +109,7 @@ def check_options(options: Options) -> None:
         *_one_of("--on-nonfinite", options.on_nonfinite, ("error", "copy")),
         *_one_of("--on-missing", options.on_missing, ("error", "copy")),
         *_one_of("--on-shape-mismatch", options.on_shape_mismatch, ("error", "copy", "overlap")),
+        *_yes_or_no("--split-fused", options.split_fused),
         *_device(options.device),
         *_one_of("--kernels", options.kernels, ("auto", "triton", "torch")),
         *_for_gpus(options),
@@ -177,6 +180,10 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> list[str]:
     return [] if value in allowed else [f"{option} is {shown(value)}, expected {' or '.join(allowed)}"]
 
 
+def _yes_or_no(option: str, value: object) -> list[str]:
+    return [] if isinstance(value, bool) else [f"{option} is {shown(value)}, expected true or false"]
+
+
 def _device(value: object) -> list[str]:
     if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(all|[0-9]{1,3}(,[0-9]{1,3})*))?", value):
         numbers = value.removeprefix("cuda:").split(",")
@@ -237,14 +244,15 @@ def rule_problems(rule: Rule) -> list[str]:
         *([] if rule.rank is None else _whole_number("rank", rule.rank, 0, None, "0 is full rank")),
         *([] if rule.alpha is None else _real_number("alpha", rule.alpha, -math.inf, "0 copies the aligned weights")),
         *([] if rule.rounding is None else _one_of("rounding", rule.rounding, ("nearest", "stochastic"))),
-        *([] if isinstance(rule.skip, bool) else [f"skip is {shown(rule.skip)}, expected true or false"]),
+        *_yes_or_no("skip", rule.skip),
+        *([] if rule.split_fused is None else _yes_or_no("split_fused", rule.split_fused)),
     ]
     if not isinstance(rule.match, str) or not rule.match:
         checks.append(f"match is {shown(rule.match)}, expected a tensor's name or a glob such as '*.mlp.*'")
     if rule.skip is True and said_by(rule):
         checks.append("skip is true, and there is more beside it; expected nothing else for tensors that are copied")
     if not rule.skip and not said_by(rule):
-        checks.append("it says nothing, expected rank, alpha, rounding or skip")
+        checks.append("it says nothing, expected rank, alpha, rounding, split_fused or skip")
     return checks
 
 

@@ -145,11 +145,11 @@ def compute(
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
     """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of the file."""
     jobs: list[list[int]] = []
-    latest: dict[tuple[int, ...], int] = {}  # of a shape and rank: its job
+    latest: dict[tuple[object, ...], int] = {}  # of a shape and rank: its job
     ends = list(itertools.accumulate(step.aligned.n_bytes for step in steps))
     span = min(SPAN_BYTES, options.memory_bytes // 16)
     for index, step in enumerate(steps):
-        shape = step.count, step.m, step.n, step.rank
+        shape = step.count, step.m, step.n, step.rank, step.parts
         job = jobs[latest[shape]] if shape in latest else []
         if job and len(job) < _together(step, options) and ends[index] - ends[job[0]] <= span:
             job.append(index)
@@ -166,7 +166,7 @@ def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:
 
 def _together(step: Step, options: Options) -> int:
     """How many steps like this one make a job."""
-    if step.action == "copy":
+    if step.action == "copy" or step.parts:
         return 1
     return costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) // step.count
 

@@ -11,12 +11,14 @@ from lox_stream import costs
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
+from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match
 from lox_stream.names import printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
+from lox_stream.regions import matrix_count, parts_of_each
 
 __all__ = ["Options", "Plan", "Step", "check_options", "memory_needed", "output_names", "plan", "plan_summary"]
 
@@ -88,10 +90,22 @@ def memory_needed(step: Step, options: Options) -> int:
 
     0 for a copy, and for what a GPU computes.
     """
-    if step.action == "copy" or (is_gpu(options.device) and card_memory_needed(step, options.svd)):
+    if step.action == "copy":
         return 0
-    at_once = costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes)
-    return costs.step_bytes(step.m, step.n, step.rank, options.svd) * min(step.count, at_once)
+    return max(_memory_for(part, step, options) for part in parts_of_each(step))
+
+
+def _memory_for(part: Part, step: Step, options: Options) -> int:
+    """Bytes for solving such parts of a step, and where they lie scattered for their copies, and for the output."""
+    at_once = costs.together(part.m, part.n, step.rank, options.svd, options.memory_bytes)
+    at_once = min(at_once, step.count * len(parts_of_each(step)))
+    away = is_gpu(options.device) and _card_memory_for(part, step, options.svd, False)
+    solving = 0 if away else at_once * costs.step_bytes(part.m, part.n, step.rank, options.svd)
+    if part.groups == 1 or step.base is None:
+        return solving
+    size, base_size = DTYPE_BYTES[step.aligned.dtype], DTYPE_BYTES[step.base.dtype]
+    wholes = 1 + -(-(at_once - 1) // len(step.parts))
+    return solving + at_once * part.m * part.n * (size + base_size) + wholes * step.m * step.n * size
 
 
 def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
@@ -99,13 +113,19 @@ def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
 
     `blocks`: in the smallest blocks that it can be cut into.
     """
-    if step.action == "copy" or step.base is None or "F64" in (step.aligned.dtype, step.base.dtype):
+    if step.action == "copy":
         return 0
-    if not costs.goes_on_card(step.m, step.n, step.rank, svd):
+    return max(_card_memory_for(part, step, svd, blocks) for part in parts_of_each(step))
+
+
+def _card_memory_for(part: Part, step: Step, svd: str, blocks: bool) -> int:
+    if step.base is None or "F64" in (step.aligned.dtype, step.base.dtype):
+        return 0
+    if not costs.goes_on_card(part.m, part.n, step.rank, svd):
         return 0
     sizes = DTYPE_BYTES[step.aligned.dtype], DTYPE_BYTES[step.base.dtype]
-    rows = costs.part_rows(step.m, step.n) if blocks else 0
-    return costs.bytes_on_card(step.m, step.n, step.rank, sizes, rows)
+    rows = costs.part_rows(part.m, part.n) if blocks else 0
+    return costs.bytes_on_card(part.m, part.n, step.rank, sizes, rows)
 
 
 def too_large(steps: Sequence[Step], svd: str, usable_bytes: float) -> str:
@@ -163,7 +183,8 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
         "base_name": step.base.name if step.base is not None else None,
         "base_dtype": step.base.dtype if step.base is not None else None,
         "rank": step.rank if step.action == "extrapolate" else None,
-        "matrices": step.count if step.action == "extrapolate" else 0,
+        "matrices": matrix_count(step) if step.action == "extrapolate" else 0,
+        "parts": [part.label for part in step.parts],
         "memory_bytes": memory_needed(step, options),
     }
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from lox_stream import costs
 from lox_stream.errors import DeviceError, OptionError
+from lox_stream.fused import Part
 from lox_stream.matching import Step
 from lox_stream.options import gpu_count, is_gpu, parse_size
 from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
+from lox_stream.regions import parts_of_each
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
 CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
@@ -136,7 +138,9 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
 
 
 def _iterated(steps: Iterable[Step], svd: str) -> bool:
-    return svd == "randomized" and any(0 < step.rank < min(step.m, step.n) for step in steps)
+    return svd == "randomized" and any(
+        0 < step.rank < min(part.m, part.n) for step in steps for part in parts_of_each(step)
+    )
 
 
 def _core_s(step: Step, machine: Machine, svd: str) -> float:
@@ -144,13 +148,20 @@ def _core_s(step: Step, machine: Machine, svd: str) -> float:
 
     Passes with more columns than at rank 6 cost as much more: the products are what takes the time.
     """
-    m, n, rank = step.m, step.n, step.rank
-    passes = 1.0
-    if _iterated([step], svd):
+    return sum(_part_s(step, part, machine, svd) for part in parts_of_each(step))
+
+
+def _part_s(step: Step, part: Part, machine: Machine, svd: str) -> float:
+    """Of one part of each of its stacked matrices."""
+    m, n, rank = part.m, part.n, step.rank
+    low_rank, passes, exact_s = 0 < rank < min(m, n), 1.0, 0.0
+    if low_rank and svd == "randomized":
         passes = machine.passes * costs.block_width(m, n, rank) / costs.block_width(m, n, min(rank, 6))
-    exact_s = step.count * costs.exact_flops(m, n) / costs.EXACT_FLOPS if svd == "exact" and 0 < rank < min(m, n) else 0
+    if low_rank and svd == "exact":
+        exact_s = step.count * costs.exact_flops(m, n) / costs.EXACT_FLOPS
     other = OTHER_SMALL_S if costs.kept(m, n) else OTHER_S
-    return _pair_bytes(step) * (passes / machine.core + other) + exact_s
+    share = m * n / (step.m * step.n)
+    return share * _pair_bytes(step) * (passes / machine.core + other) + exact_s
 
 
 def _pair_bytes(step: Step) -> int:

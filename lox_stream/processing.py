@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -11,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lox_stream.assembling import Assembly
 from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
@@ -20,7 +22,8 @@ from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered_bytes
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
-from lox_stream.reader import TORCH_DTYPES, mapped
+from lox_stream.reader import mapped, matrix_at
+from lox_stream.regions import Region, regions_of
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
 COPY_BYTES = 1 << 20
@@ -103,32 +106,45 @@ def _extrapolate(
     """For each step the facts of its matrices, or what is not finite in it; notices go to its list in `told`."""
     outcomes: list[Outcome] = [()] * len(steps)
     with contextlib.ExitStack() as maps:
-        matrices = [
-            (i, matrix)
-            for i, (step, target, notices) in enumerate(zip(steps, targets, told, strict=True))
-            for matrix in _matrices(step, target, options, maps, notices)
+        sources = [
+            _source(step, target, options, maps, notices)
+            for step, target, notices in zip(steps, targets, told, strict=True)
         ]
-        size = together(steps[0].m, steps[0].n, steps[0].rank, options.svd, options.memory_bytes)
-        for first in range(0, len(matrices), size):
-            some = matrices[first : first + size]
-            found = _computed([matrix for _, matrix in some], run, cards)
-            for (i, matrix), facts in zip(some, found, strict=True):
+        for some in _batches(steps, options):
+            found = _computed([sources[i](region) for i, region in some], run, cards)
+            for (i, _), facts in zip(some, found, strict=True):
                 before = outcomes[i]
                 if isinstance(before, NotFinite):
                     continue
-                if isinstance(facts, NotFinite):
-                    outcomes[i] = _accepted(steps[i], facts, options)
-                    continue
-                outcomes[i] = (*before, facts)
-                if facts.method == "zero":
-                    _copy(as_bytes(matrix.w1), targets[i], matrix.setting.first * matrix.w1.element_size(), run)
+                outcomes[i] = _accepted(steps[i], facts, options) if isinstance(facts, NotFinite) else (*before, facts)
     return outcomes
 
 
+def _batches(steps: Sequence[Step], options: Options) -> Iterator[list[tuple[int, Region]]]:
+    """Matrices of one shape that are solved together, each with its step's index; those of a step in their order."""
+    units = ((i, region) for i, step in enumerate(steps) for region in regions_of(step))
+    for (m, n), alike in itertools.groupby(units, key=lambda unit: (unit[1].m, unit[1].n)):
+        size = together(m, n, steps[0].rank, options.svd, options.memory_bytes)
+        while some := list(itertools.islice(alike, size)):
+            yield some
+
+
 def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[MatrixFacts | NotFinite]:
+    """The facts of each, once the last of its bytes was emitted."""
     if cards is not None and len(matrices) == 1 and cards.takes(matrices[0]):
-        return [cards.extrapolate(matrices[0], run)]
-    return extrapolate_matrices(matrices, run)
+        found = [cards.extrapolate(matrices[0], run)]
+    else:
+        found = extrapolate_matrices(matrices, run)
+    for matrix, facts in zip(matrices, found, strict=True):
+        if isinstance(facts, MatrixFacts) and facts.method == "zero":
+            _emit_unchanged(matrix, run)
+    return found
+
+
+def _emit_unchanged(matrix: Matrix, run: Run) -> None:
+    flat = matrix.w1.view(-1)
+    size = COPY_BYTES // flat.element_size()
+    run(lambda i: matrix.emit(i * size, flat[i * size : (i + 1) * size]), -(-len(flat) // size))
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
@@ -141,41 +157,40 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     ) from problem
 
 
-def _matrices(
+def _source(
     step: Step, target: Target, options: Options, maps: contextlib.ExitStack, told: list[str]
-) -> Iterator[Matrix]:
-    """The matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
+) -> Callable[[Region], Matrix]:
+    """Makes the matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    w1 = stacked(maps.enter_context(mapped(step.aligned)), step.aligned.dtype, step)
-    w0 = stacked(maps.enter_context(mapped(step.base)), step.base.dtype, step)
-    for index in range(step.count):
-        offset = index * step.m * step.n * w1.element_size()
+    aligned, base = maps.enter_context(mapped(step.aligned)), maps.enter_context(mapped(step.base))
+    base_dtype, assembly = step.base.dtype, Assembly(target)
 
-        def emit(first: int, tile: Tensor, offset: int = offset) -> None:
-            target.write(offset + first * tile.element_size(), as_bytes(tile))
+    def tell(notice: str) -> None:
+        told.append(f"{step.name}: {notice}")
 
-        def tell(notice: str) -> None:
-            told.append(f"{step.name}: {notice}")
+    def matrix(region: Region) -> Matrix:
+        def emit(first: int, tile: Tensor) -> None:
+            if region.groups == 1:
+                target.write((region.start + region.first + first) * tile.element_size(), as_bytes(tile))
+            else:
+                assembly.add(region, first, tile)
 
-        yield Matrix(w1[index], w0[index], _setting(step, options, index), emit, tell)
+        w1, w0 = matrix_at(aligned, step.aligned.dtype, region), matrix_at(base, base_dtype, region)
+        return Matrix(w1, w0, _setting(step, options, region), emit, tell)
+
+    return matrix
 
 
-def stacked(data: memoryview, dtype: str, step: Step) -> Tensor:
-    """A float tensor's bytes as (count, m, n) of its dtype; nothing is copied."""
-    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=step.count * step.m * step.n)
-    return flat.view(step.count, step.m, step.n)
-
-
-def _setting(step: Step, options: Options, index: int) -> Setting:
+def _setting(step: Step, options: Options, region: Region) -> Setting:
     """Randomness comes from the tensor's name, so no order of work and no resume changes a bit."""
     name = step.seed_name or step.name
     options = options_for(name, options)
     return Setting(
         options=options,
         rank=step.rank,
-        seed=xxhash.xxh3_64_intdigest(f"{name}\0{index}".encode("utf-8", "surrogatepass")) >> 1,
+        seed=xxhash.xxh3_64_intdigest(f"{name}\0{region.index}".encode("utf-8", "surrogatepass")) >> 1,
         key=key_of(options.seed, name) if options.rounding == "stochastic" else None,
-        first=index * step.m * step.n,
+        first=region.words,
     )
 
 

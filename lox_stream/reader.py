@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lox_stream.c_library import c_function
 from lox_stream.checkpoint import TensorInfo
 from lox_stream.errors import Cancelled, DataError
 from lox_stream.planning import Step
+from lox_stream.regions import Region
 
 CHUNK_BYTES = 1 << 18  # stays in a core's cache, where the copy is not missed
 
@@ -42,6 +44,18 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+
+def matrix_at(data: memoryview, dtype: str, region: Region) -> Tensor:
+    """The (m, n) matrix of a float tensor's bytes: a view where it lies in one piece, else a copy."""
+    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=region.start + region.span)
+    return grouped(flat[region.start :], region).reshape(region.m, region.n)
+
+
+def grouped(whole: Tensor, region: Region) -> Tensor:
+    """A region's elements where they lie, (groups, elements of each), out of those of its whole, (span,)."""
+    length = region.m * region.n // region.groups
+    return whole.view(region.groups, -1)[:, region.first : region.first + length]
 
 
 @contextmanager

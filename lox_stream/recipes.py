@@ -16,7 +16,7 @@ from lox_stream.shards import is_regular, parse_json, unreadable
 
 OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
-    *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite"),
+    *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite", "split_fused"),
 )
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 MAX_TOML_CHARACTERS = 1 << 20

@@ -21,7 +21,7 @@ from torch import Tensor
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
 from lox_stream.options import Options, options_for
-from lox_stream.reader import TORCH_DTYPES, mapped
+from lox_stream.reader import mapped, matrix_at
 from lox_stream.sampling import Sample, Unit
 from lox_stream.workers import Workers
 
@@ -89,7 +89,7 @@ def compare(unit: Unit, options: Options) -> Comparison:
     """One matrix of the output against its recomputation, or against the aligned one where it is a copy."""
     started = time.perf_counter()
     seen = _compare_copy(unit) if unit.copied else _compare_matrix(unit, options)
-    low_rank = 0 < unit.step.rank < min(unit.step.m, unit.step.n)
+    low_rank = 0 < unit.step.rank < min(unit.shape)
     return Comparison(
         name=unit.name,
         shape=unit.shape,
@@ -118,22 +118,22 @@ class _Seen:
 def _compare_copy(unit: Unit) -> _Seen:
     """Elements are bytes here, whatever the dtype."""
     with mapped(unit.step.aligned) as aligned, mapped(unit.out) as out:
-        span = slice(unit.first_byte, unit.first_byte + unit.n_bytes)
-        same = int((np.frombuffer(aligned[span], np.uint8) == np.frombuffer(out[span], np.uint8)).sum())
+        same = int((np.frombuffer(aligned, np.uint8) == np.frombuffer(out, np.uint8)).sum())
     return _Seen(unit.n_bytes, same, same == unit.n_bytes)
 
 
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
-    step = unit.step
+    step, region = unit.step, unit.region
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    assert region is not None, "what has none is a copy"
     options = options_for(step.seed_name or step.name, options)
     with mapped(step.aligned) as aligned, mapped(step.base) as base, mapped(unit.out) as written:
-        w1 = _matrix(aligned, step.aligned.dtype, unit).clone()
-        w0 = _matrix(base, step.base.dtype, unit).clone()
-        out = _matrix(written, unit.out.dtype, unit).clone()
+        w1 = matrix_at(aligned, step.aligned.dtype, region).clone()
+        w0 = matrix_at(base, step.base.dtype, region).clone()
+        out = matrix_at(written, unit.out.dtype, region).clone()
     exact = recomputed(w1, w0, step.rank, options.alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
-    right = rounded_once(exact.total, w1.dtype, key, unit.index * step.m * step.n)
+    right = rounded_once(exact.total, w1.dtype, key, region.words)
     same = int((right.view(BITS[w1.dtype]) == out.view(BITS[w1.dtype])).sum())
     done, norm = out.double() - w1.double(), float(exact.update.norm())
     error = float((done - exact.update).norm()) / norm if norm else None
@@ -145,13 +145,6 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
         eps = torch.finfo(w1.dtype).eps
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
-
-
-def _matrix(data: memoryview, dtype: str, unit: Unit) -> Tensor:
-    """The unit's (m, n) matrix out of its tensor's bytes."""
-    step = unit.step
-    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=step.count * step.m * step.n)
-    return flat.view(step.count, step.m, step.n)[unit.index]
 
 
 def _grid(out: Tensor) -> float:

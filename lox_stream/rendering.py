@@ -103,12 +103,13 @@ def plan_tables(plan: Plan) -> list[Group]:
 
 
 def _why(step: Step, options: Options) -> str:
-    """The reason; with what a recipe says of the tensor."""
+    """The reason; with the parts of a fused one, and what a recipe says of the tensor."""
     own = options_for(step.seed_name or step.name, options)
+    reason = ": ".join(filter(None, [step.reason, ", ".join(part.label for part in step.parts)]))
     if step.action == "copy" or own == options:
-        return step.reason
+        return reason
     said = [f"rank {own.rank}"] * (own.rank != options.rank) + [f"alpha {own.alpha:g}"] * (own.alpha != options.alpha)
-    return ", ".join([step.reason, *said, *[own.rounding] * (own.rounding != options.rounding)])
+    return ", ".join([reason, *said, *[own.rounding] * (own.rounding != options.rounding)])
 
 
 def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
@@ -203,7 +204,7 @@ def inspection_tables(seen: Inspection) -> list[Group]:
             ", ".join(group.dtypes),
             size_text(group.n_bytes),
             ", ".join(group.actions),
-            ", ".join(group.reasons),
+            ": ".join(filter(None, [", ".join(group.reasons), ", ".join(group.parts)])),
         )
         for group, name in zip(seen.groups, _first_names(seen), strict=True)
     ]

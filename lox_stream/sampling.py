@@ -11,14 +11,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.costs import EXACT_FLOPS, exact_bytes, exact_flops
 from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import input_of, read_manifest
-from lox_stream.matching import Step, matrix_name
+from lox_stream.matching import Step
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
+from lox_stream.regions import Region, matrix_count, regions_of
 from lox_stream.verifying import folder_of
 
 COPY_BPS = 1e9
@@ -27,31 +28,30 @@ AGAIN = "Run again with --overwrite"
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One matrix of the output: a whole tensor, or one of a stack."""
+    """One matrix of the output, or a tensor that has to be the aligned one."""
 
     step: Step
-    index: int  # in the stack; 0 otherwise
     out: TensorInfo
-    copied: bool  # the output has to be the aligned tensor
+    region: Region | None  # None: copied
     predicted_share: float | None  # of elements that differ from the exact result, as the manifest says
     unique: bool  # whether the rank-k part is
 
     @property
+    def copied(self) -> bool:
+        return self.region is None
+
+    @property
     def name(self) -> str:
-        return self.step.name if self.copied else matrix_name(self.step, self.index)
+        return self.step.name + (self.region.label if self.region is not None else "")
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n); of a copied tensor its elements as one row."""
-        return (1, prod(self.step.aligned.shape)) if self.copied else (self.step.m, self.step.n)
-
-    @property
-    def first_byte(self) -> int:
-        return 0 if self.copied else self.index * self.n_bytes
+        return (1, prod(self.step.aligned.shape)) if self.region is None else (self.region.m, self.region.n)
 
     @property
     def n_bytes(self) -> int:
-        return self.out.n_bytes if self.copied else self.out.n_bytes // self.step.count
+        return self.out.n_bytes if self.region is None else prod(self.shape) * DTYPE_BYTES[self.out.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +147,12 @@ def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> I
         if not isinstance(row, dict) or written is None or written.n_bytes != step.aligned.n_bytes:
             raise OutputError(f"{folder}: {printable(step.name)}: manifest, output and aligned do not agree. {AGAIN}")
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
-        if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != step.count:
-            yield Unit(step, 0, written, True, None, True)
+        if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != matrix_count(step):
+            yield Unit(step, written, None, None, True)
             continue
-        for index, matrix in enumerate(facts):
+        for region, matrix in zip(regions_of(step), facts, strict=True):
             share = matrix.get("predicted_share")
-            yield Unit(step, index, written, False, share, matrix.get("unique") is not False)
+            yield Unit(step, written, region, share, matrix.get("unique") is not False)
 
 
 def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:

@@ -90,7 +90,7 @@ class Setting:
     rank: int
     seed: int  # of the solver's start block, from the tensor's name
     key: tuple[int, int] | None = None  # of stochastic rounding; None: to nearest
-    first: int = 0  # index in the tensor of the matrix's first element
+    first: int = 0  # number of the matrix's first element among the random words of its tensor
 
 
 @dataclass(frozen=True, slots=True)

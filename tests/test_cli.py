@@ -26,7 +26,7 @@ RUN_OPTIONS = (
     *("--seed", "--on-nonfinite", "--device", "--memory", "--threads", "--resume", "--overwrite", "--dry-run"),
     "--repair",
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
-    "--recipe",
+    *("--recipe", "--split-fused"),
     *("--json", "--quiet"),
 )
 HEAVY = ("torch", "numpy", "safetensors", "rich")

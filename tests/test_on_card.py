@@ -14,7 +14,7 @@ import torch
 from late_card import LateCard, LateLane
 from safetensors.torch import load_file
 
-from lox_stream import Options, blocks, card_delta, extrapolate, lending, on_card, plan
+from lox_stream import Options, blocks, card_delta, extrapolate, lending, on_card, plan, stream
 from lox_stream.costs import bytes_on_card, part_rows
 from lox_stream.device import indices, usable_bytes
 from lox_stream.errors import Cancelled, DataError, DeviceError
@@ -399,6 +399,20 @@ def test_a_difference_of_zero_is_copied(tmp_path, monkeypatch):
     assert event.facts.reason == "identical"
     assert not any(lane.given for lane in card.lanes), "it was never copied to the card"
     assert bytes(event.target.data) == (base / "model.safetensors").read_bytes()[-220 * 150 * 2 :]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_scattered_parts_of_a_fused_projection_go_over_a_card(rounding, tmp_path, monkeypatch):
+    base, aligned = write_pair(tmp_path, {"h.0.attn.c_attn.weight": (220, 450), "h.0.attn.qkv.weight": (450, 150)})
+    for folder in (base, aligned):
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    options = Options(device="cuda", threads=4, split_fused=True, rounding=rounding)
+    away = computed((base, aligned), monkeypatch, options=options)
+    assert all(len(event.facts.matrices) == 3 for event in away.values())
+    here = dict(stream(base, aligned, options=replace(options, device="cpu")))
+    for name, written in bytes_of(away).items():
+        found = torch.frombuffer(bytearray(written), dtype=torch.bfloat16).view(here[name].shape)
+        assert (found != here[name]).double().mean() < 2 * Options().tolerance, name
 
 
 @pytest.mark.gpu

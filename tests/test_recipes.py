@@ -173,7 +173,7 @@ def test_a_rule_that_hits_nothing_is_an_error(pair):
     [
         ("rank = 6\nrnak = 3\n", "line 2: rnak is nothing that a recipe says here, expected one of rank, alpha"),
         ("rank = \n", "is no TOML"),
-        ("[[group]]\nmatch = '*'\n", "line 1: it says nothing, expected rank, alpha, rounding or skip"),
+        ("[[group]]\nmatch = '*'\n", "line 1: it says nothing, expected rank, alpha, rounding, split_fused or skip"),
         ("[[group]]\nmatch = '*'\nrank = -1\n", "line 3: rank is -1, expected a whole number"),
         ("[[group]]\nmatch = '*'\nrank = 1\n\n[[group]]\nmatch = 'a'\nalpha = 'x'\n", "line 7: alpha is 'x'"),
         ("[[group]]\nrank = 1\n", "line 1: match is '', expected a tensor's name or a glob"),
