@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream import files
+from lox_stream.checkpoint import PIPELINE_INDEX, models_in
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
@@ -28,8 +29,13 @@ def written_documents(
     Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
     written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
-    if plan.aligned.index_name is not None:
-        written[plan.aligned.index_name] = as_json(corrected_index(plan.aligned))
+    for model in models_in(plan.aligned):
+        if model.index_name is not None:
+            written[model.index_name] = as_json(corrected_index(model))
+    if plan.aligned.components:
+        path = plan.aligned.folder / PIPELINE_INDEX
+        with files.explained(path, "read it", GO_ON):
+            written[PIPELINE_INDEX] = path.read_bytes()
     beside = {name: stamp([data]) for name, data in written.items()}
     for relative in plan.aligned.companions:
         if relative.as_posix() not in written:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lox_stream.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of, models_in, open_checkpoint
 from lox_stream.errors import OptionError
 from lox_stream.fused import Parts, fused_warnings, parts_of
 from lox_stream.kinds import stack_of
@@ -95,15 +95,14 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         raise OptionError("\n".join(problems))
     schemes = quantised_tensors(checkpoint)
     rows = tuple(
-        _row(tensor, shard.name, options, schemes.get(tensor.name), checkpoint.config)
+        _row(tensor, shard.name, options, schemes.get(tensor.name), model_of(checkpoint, tensor.name).config)
         for shard in checkpoint.shards
         for tensor in shard.tensors
     )
-    architectures = checkpoint.config.get("architectures")
     return Inspection(
         path=checkpoint.root,
         n_shards=len(checkpoint.shards),
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        architecture=_architecture(checkpoint.config),
         n_elements=sum(prod(row.shape) for row in rows),
         n_bytes=sum(row.n_bytes for row in rows),
         bytes_by_dtype=_sums((row.dtype, row.n_bytes) for row in rows),
@@ -138,11 +137,18 @@ def inspection_summary(inspection: Inspection) -> dict[str, Any]:
 def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
     """Each tied name and the stored name that holds its weights; a head that is not stored is `lm_head.weight`."""
     tied = tied_names(checkpoint)
-    heads = [name for name in checkpoint.tensors if matches(name, HEADS)]
-    embeddings = [name for name in checkpoint.tensors if matches(name, EMBEDDINGS)]
-    if says_tied(checkpoint.config) and not heads and embeddings:
-        tied["lm_head.weight"] = embeddings[0]
+    for model in models_in(checkpoint):
+        heads = [name for name in model.tensors if matches(name, HEADS)]
+        embeddings = [name for name in model.tensors if matches(name, EMBEDDINGS)]
+        if says_tied(model.config) and not heads and embeddings:
+            tied[f"{model.prefix}lm_head.weight"] = embeddings[0]
     return tied
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """As transformers names it, or as diffusers does."""
+    said = config.get("architectures")
+    return str(said[0]) if isinstance(said, list) and said else config.get("_class_name")
 
 
 def _unsplit(rows: Iterable[Row], options: Options) -> Iterator[str]:

@@ -100,14 +100,14 @@ def manifest_of(
     `elapsed_s` is the time of the last session; `sessions` are the journal's records of all of them. `beside` has the
     `stamp` of each file beside the weights.
     """
-    index = plan.aligned.index_name
     parts = {step.name: {"parts": [part.label for part in step.parts]} for step in plan.steps if step.parts}
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "options": finite(asdict(plan.options)),
         "inputs": {"base": input_of(plan.base), "aligned": input_of(plan.aligned)},
-        "index": index,
+        "index": plan.aligned.index_name,
+        **_components(plan.aligned),
         "shards": {shard.name: _shard(shard, finished) for shard in plan.aligned.shards},
         "tensors": {
             tensor.name: _tensor(shard, finished[tensor.name], tensor.dtype, tensor.shape) | parts.get(tensor.name, {})
@@ -124,6 +124,12 @@ def manifest_of(
             "sessions": max(1, len(sessions)),
         },
     }
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a pipeline: the names of its components. Their shards and tensors are called `component/name`."""
+    names = [model.prefix.rstrip("/") for model in checkpoint.components]
+    return {"components": names} if names else {}
 
 
 def input_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
 from lox_stream.names import listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
@@ -88,11 +88,12 @@ def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options:
     tensor, partner, seed_name = aligned.tensors[name], pairs.partners.get(name), pairs.leaders.get(name, name)
     if reason != "matrix":
         return Step(name, tensor, None, "copy", reason, seed_name=seed_name)
-    count, m, n = stack_of(name, tensor.shape, aligned.config)
+    config = model_of(aligned, name).config
+    count, m, n = stack_of(name, tensor.shape, config)
     if partner is not None and partner.shape != tensor.shape and overlapping(tensor.shape, partner.shape):
         count, m = 1, min(tensor.shape[0], partner.shape[0])
     own = options_for(seed_name, options)
-    parts = parts_of(name, m, n, aligned.config) if own.split_fused else ()
+    parts = parts_of(name, m, n, config) if own.split_fused else ()
     return Step(name, tensor, partner, "extrapolate", reason, own.rank, count, m, n, seed_name, parts)
 
 
@@ -162,15 +163,24 @@ def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
 
 def architecture_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
     """The two configs name different architectures."""
+    others = {model.prefix: model for model in models_in(base)}
+    return [
+        problem
+        for model in models_in(aligned)
+        if model.prefix in others and (problem := _architecture_problem(others[model.prefix], model))
+    ]
+
+
+def _architecture_problem(base: Checkpoint, aligned: Checkpoint) -> str:
     for key in ("architectures", "model_type"):
         found, expected = aligned.config.get(key), base.config.get(key)
         if found and expected and found != expected:
-            return [
-                f"config.json: {key} of aligned is {shown(found)}, of base {shown(expected)}; expected the same. "
-                "Give as base the model that aligned was fine-tuned from; if it is and only config.json is wrong, "
-                "correct it there"
-            ]
-    return []
+            return (
+                f"{aligned.prefix}config.json: {key} of aligned is {shown(found)}, of base {shown(expected)}; expected "
+                "the same. Give as base the model that aligned was fine-tuned from; if it is and only config.json is "
+                "wrong, correct it there"
+            )
+    return ""
 
 
 def _tie_problems(aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None]) -> list[str]:

@@ -44,6 +44,8 @@ def card_for(plan: Plan, totals: Totals) -> bytes:
     entries: dict[str, str | Sequence[str]] = {"base_model": models, "base_model_relation": "merge"}
     if "model_type" in plan.aligned.config or "architectures" in plan.aligned.config:
         entries["library_name"] = "transformers"
+    elif plan.aligned.components:
+        entries["library_name"] = "diffusers"
     entries["tags"] = TAGS
     if Path(MODEL_CARD) in plan.aligned.companions:
         card = path.read_bytes().decode("utf-8", "surrogateescape")

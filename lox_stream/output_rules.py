@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lox_stream.checkpoint import Checkpoint
+from lox_stream.checkpoint import Checkpoint, index_names, models_in
 from lox_stream.companions import OWN_FILES
 from lox_stream.names import listing, printable
 from lox_stream.shards import written_bytes
@@ -21,9 +21,8 @@ _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 def output_names(aligned: Checkpoint) -> tuple[str, ...]:
     """Every name that a run writes in its folder, relative: the finished files, then the same while in work."""
     shards = [shard.name for shard in aligned.shards]
-    index = [aligned.index_name] if aligned.index_name else []
     companions = [path.as_posix() for path in aligned.companions]
-    names = tuple(dict.fromkeys([*shards, *index, *companions, MANIFEST, MODEL_CARD, JOURNAL]))
+    names = tuple(dict.fromkeys([*shards, *index_names(aligned), *companions, MANIFEST, MODEL_CARD, JOURNAL]))
     return (*names, *(name + PARTIAL for name in names))
 
 
@@ -164,7 +163,8 @@ def _content_problems(
             f"{shown}: holds files that this run does not write: found {listing(foreign)}, expected {MANIFEST} or "
             f"{JOURNAL} of an earlier run, or nothing but names of this one. Choose another --out"
         ]
-    loaded = [name for name in foreign if name.endswith(_WEIGHT_ENDINGS) and "/" not in name]
+    looked_at = {model.prefix for model in models_in(aligned)}
+    loaded = [name for name in foreign if name.endswith(_WEIGHT_ENDINGS) and name[: name.rfind("/") + 1] in looked_at]
     problems = [
         f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of another "
         "model. Remove it or choose another --out"

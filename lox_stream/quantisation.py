@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.checkpoint import Checkpoint, TensorInfo, models_in
 from lox_stream.names import listing, pattern_of, printable
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # what can be extrapolated
@@ -66,13 +66,14 @@ def quantisation_problems(
             f"{side}: quantised tensors ({scheme}): found {listing(names)}, expected float64, float32, float16 or "
             f"bfloat16. De-quantise the checkpoint first{way_out}"
         )
-    method = quantisation_method(checkpoint.config)
-    if method is not None and not schemes:
-        problems.append(
-            f"{side}: {printable(checkpoint.folder / 'config.json')} says that the model is quantised "
-            f"({printable(method)}), expected plain weights. De-quantise the checkpoint first; "
-            "if that was done, remove quantization_config from config.json"
-        )
+    for model in models_in(checkpoint):
+        method = quantisation_method(model.config)
+        if method is not None and not schemes.keys() & model.tensors.keys():
+            problems.append(
+                f"{side}: {printable(model.folder / 'config.json')} says that the model is quantised "
+                f"({printable(method)}), expected plain weights. De-quantise the checkpoint first; "
+                "if that was done, remove quantization_config from config.json"
+            )
     return problems
 
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from lox_stream.checkpoint import Checkpoint, TensorInfo
+from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.names import matches
 
-SHARED = ("shared.weight", "*.shared.weight")
+SHARED = ("shared.weight", "*[./]shared.weight")
 EMBEDDINGS = (
     *SHARED,
     *("*embed_tokens.weight", "*wte.weight", "*embed_in.weight", "*word_embeddings.weight", "*tok_embeddings.weight"),
 )
-HEADS = ("*lm_head.weight", "*embed_out.weight", "output.weight", "*predictions.decoder.weight")
+HEADS = ("*lm_head.weight", "*embed_out.weight", "output.weight", "*/output.weight", "*predictions.decoder.weight")
 _INNER_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")
 
 
@@ -37,6 +37,7 @@ def tied_partner(tensor: TensorInfo, other: Checkpoint) -> TensorInfo | None:
     """
     if not matches(tensor.name, EMBEDDINGS + HEADS):
         return None
+    other = model_of(other, tensor.name)
     is_head, head_is_own = matches(tensor.name, HEADS), says_tied(other.config) is False
     found = [
         candidate
@@ -54,6 +55,10 @@ def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     Only where both are in the files, alike in shape and dtype. Both must get the same bytes, or the model that is
     loaded depends on which one the loader takes.
     """
+    return {name: leader for model in models_in(checkpoint) for name, leader in _tied_in(model).items()}
+
+
+def _tied_in(checkpoint: Checkpoint) -> dict[str, str]:
     tied = says_tied(checkpoint.config)
     known = [tensor for tensor in checkpoint.tensors.values() if matches(tensor.name, EMBEDDINGS + HEADS)]
     result = {}

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lox_stream import files
-from lox_stream.checkpoint import Shard
+from lox_stream.checkpoint import Shard, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
@@ -165,7 +165,7 @@ class Output:
 
         The journal is there already, so that a crash leaves a folder that is still known to be ours.
         """
-        for name in {MANIFEST, self.plan.aligned.index_name or MANIFEST}:
+        for name in (*reversed(index_names(self.plan.aligned)), MANIFEST):
             (self.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.folder)
 
@@ -223,7 +223,7 @@ class Output:
         assert self._committer is not None, "a folder with nothing to do is published"
         self._committer.finish()
         self._committer.check()
-        last = [name for name in (self.plan.aligned.index_name, MANIFEST) if name is not None]
+        last = [*index_names(self.plan.aligned), MANIFEST]
         with files.explained(self.folder, "publish the result", GO_ON):
             for fd in self._fds.values():
                 os.fsync(fd)
@@ -235,7 +235,7 @@ class Output:
             self._rename_shards()
             for name in last:
                 files.replace_file(self.folder / name, documents[name])
-                files.sync_folder(self.folder)
+                files.sync_folder((self.folder / name).parent)
             self._journal.remove()
             files.sync_folder(self.folder)
 
