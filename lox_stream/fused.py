@@ -151,6 +151,13 @@ def _transposed_experts(by: Layout) -> Layout:
     return lambda m, n, config: by(m, n, config) if _number(config, "hidden_size") == m else ()
 
 
+def _either_way(m: int, n: int, config: Mapping[str, Any]) -> Parts:
+    """One expert as the hub has it, (hidden, 2 * ffn), or as transformers 5 saves it."""
+    if m == n:
+        return ()
+    return _experts(m, n, config) or _transposed_experts(_columns_alike("gate up"))(m, n, config)
+
+
 def _linear_heads(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """Of a gated delta net: heads and their width, of keys and of values."""
     of = [_number(config, f"linear_num_{side}_heads") for side in ("key", "value")]
@@ -208,12 +215,14 @@ TABLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Layout], ...] = (  # names,
     (("*attn.qkv.weight", "*.attention.qkv.weight", "*.to_qkv.weight", "*.to_added_qkv.weight"), ANY, _square),
     (("*.experts.gate_up_proj",), ("gpt_oss",), _transposed_experts(_interleaved)),
     (
-        ("*.experts.gate_up_proj",),
-        ("llama4_text", "qwen3_vl_moe_text", "aria_text", "openai_privacy_filter"),
+        ("*.experts.gate_up_proj", "*.experts.fc1.weight"),
+        ("llama4_text", "aria_text", "openai_privacy_filter"),
         _transposed_experts(_columns_alike("gate up")),
     ),
+    (("*.experts.gate_up_proj",), ("qwen3_vl_moe_text",), _either_way),
     (("*.experts.gate_up_proj", "*.block_sparse_moe.input_linear.weight"), ANY, _experts),
     (("*.gate_up_proj.weight", "*.shared_mlp.input_linear.weight"), ANY, _alike("gate up")),
+    (("*.up_gate_proj.weight",), ANY, _alike("up gate")),
     (("*.mlp.Wi.weight",), ("modernbert",), _alike("input gate")),
     (("*.mlp.weights_in.weight", "*.mlp.w12.weight"), ANY, _alike("gate up")),  # DINOv2 with SwiGLU
 )
@@ -255,7 +264,7 @@ def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A config, and those of the models within, each with what it says of its attention."""
     inner = [value for value in config.values() if isinstance(value, Mapping)]
     attention = config.get("attn_config")
-    yield {**config, **(attention if isinstance(attention, Mapping) else {})}
+    yield {**(attention if isinstance(attention, Mapping) else {}), **config}
     for one in inner:
         if "model_type" in one:
             yield from _configs(one)

@@ -108,6 +108,24 @@ CASES = {  # name, shape of a matrix, config, and its parts as the models' own c
         *("a.experts.gate_up_proj", (N, 40), {"model_type": "llama4_text", "hidden_size": N}),
         lambda w: w.split(20, 1),
     ),
+    "qwen3_vl_moe": (
+        *("a.experts.gate_up_proj", (N, 40), {"model_type": "qwen3_vl_moe_text", "hidden_size": N}),
+        lambda w: w.split(20, 1),
+    ),
+    "qwen3_vl_moe, saved": (
+        *("a.experts.gate_up_proj", (40, N), {"model_type": "qwen3_vl_moe_text", "hidden_size": N}),
+        rows(20, 20),
+    ),
+    "qwen3_vl_moe, square": (
+        "a.experts.gate_up_proj",
+        (N, N),
+        {"model_type": "qwen3_vl_moe_text", "hidden_size": N},
+        None,
+    ),
+    "aria": (
+        *("a.experts.fc1.weight", (N, 40), {"model_type": "aria_text", "hidden_size": N}),
+        lambda w: w.split(20, 1),
+    ),
     "gpt_oss": (
         *("a.experts.gate_up_proj", (N, 40), {"model_type": "gpt_oss", "hidden_size": N}),
         lambda w: [w[:, ::2], w[:, 1::2]],

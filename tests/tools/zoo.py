@@ -101,6 +101,14 @@ def qwen2_vl() -> torch.nn.Module:
     return t.Qwen2VLForConditionalGeneration(config)
 
 
+def qwen3_vl_moe() -> torch.nn.Module:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {**SIZES, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    config = t.Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return t.Qwen3VLMoeForConditionalGeneration(config)
+
+
 def llava() -> torch.nn.Module:
     vision = t.CLIPVisionConfig(**VISION, projection_dim=16)
     config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**SIZES), image_token_index=63)
@@ -182,6 +190,36 @@ def deberta() -> torch.nn.Module:
 
 def transformer_2d(cls: type, **more: object) -> torch.nn.Module:
     return cls(num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=4, **more)
+
+
+def unet() -> torch.nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def autoencoder() -> torch.nn.Module:
+    return diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, latent_channels=4)
+
+
+def stable_diffusion() -> diffusers.DiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=t.CLIPTextModel(t.CLIPTextConfig(**TEXT)),
+        tokenizer=None,
+        unet=unet(),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 ZOO: dict[str, Callable[[], torch.nn.Module]] = {
@@ -271,7 +309,7 @@ ZOO: dict[str, Callable[[], torch.nn.Module]] = {
         pooled_projection_dim=16,
         axes_dims_rope=(2, 2, 4),
     ),
-    "autoencoder_kl": lambda: diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, latent_channels=4),
+    "autoencoder_kl": autoencoder,
     # chosen after the tables of kinds.py were written; one name in them was learnt from these: DINOv2's mask_token
     "cohere2": lambda: causal(t.Cohere2Config),
     "nemotron": lambda: causal(t.NemotronConfig, head_dim=8),
@@ -286,4 +324,53 @@ ZOO: dict[str, Callable[[], torch.nn.Module]] = {
     "segformer": segformer,
     "wav2vec2": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**SPEECH, vocab_size=30)),
     "perceiver": perceiver,
+}
+
+FUSED: dict[str, Callable[[], torch.nn.Module]] = {  # models with fused projections
+    **{
+        name: ZOO[name]
+        for name in (
+            *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "mpt", "granitemoe", "gpt_oss", "llama4", "dbrx", "mamba"),
+            *("mamba2", "jamba", "qwen2_vl", "lfm2", "qwen3_next", "llama"),
+        )
+    },
+    "falcon, new": lambda: t.FalconForCausalLM(
+        t.FalconConfig(**HIDDEN, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True)
+    ),
+    "falcon, by head": lambda: t.FalconForCausalLM(t.FalconConfig(**HIDDEN, num_attention_heads=4, multi_query=False)),
+    "gpt2, across": lambda: t.GPT2LMHeadModel(t.GPT2Config(**GPT, n_positions=64, add_cross_attention=True)),
+    "openai-gpt": lambda: t.OpenAIGPTLMHeadModel(t.OpenAIGPTConfig(**GPT, n_positions=64)),
+    "imagegpt": lambda: t.ImageGPTModel(t.ImageGPTConfig(**GPT, n_positions=64)),
+    "gpt_bigcode": lambda: t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**GPT, n_positions=64)),
+    "gpt_bigcode, by head": lambda: t.GPTBigCodeForCausalLM(
+        t.GPTBigCodeConfig(**GPT, n_positions=64, multi_query=False)
+    ),
+    "gpt_neox_japanese": lambda: causal(t.GPTNeoXJapaneseConfig),
+    "persimmon": lambda: causal(t.PersimmonConfig),
+    "codegen": lambda: t.CodeGenForCausalLM(t.CodeGenConfig(**GPT, n_positions=64, rotary_dim=4)),
+    "minimax": lambda: causal(
+        t.MiniMaxConfig, num_local_experts=4, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    ),
+    "glm4": lambda: causal(t.Glm4Config, head_dim=8, pad_token_id=0),
+    "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(**SIZES, pad_token_id=0)),
+    "deberta": lambda: t.DebertaForMaskedLM(t.DebertaConfig(**BERT, vocab_size=64)),
+    "falcon_mamba": lambda: t.FalconMambaForCausalLM(t.FalconMambaConfig(**HIDDEN, state_size=8)),
+    "granitemoeshared": lambda: causal(
+        t.GraniteMoeSharedConfig, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=24
+    ),
+    "gte": lambda: t.GteModel(t.GteConfig(**BERT, vocab_size=64)),
+    "blip": lambda: t.BlipVisionModel(t.BlipVisionConfig(**VISION)),
+    "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**VISION, use_swiglu_ffn=True)),
+    "qwen3_5": lambda: causal(
+        t.Qwen3_5TextConfig,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "aria": lambda: causal(t.AriaTextConfig, moe_num_experts=4, moe_topk=2, head_dim=8, pad_token_id=0),
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "unet": unet,
 }
