@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,11 @@ def _open_pipeline(root: Path) -> tuple[Checkpoint, set[str]]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
+    """Whether there may be weights; of a folder that cannot be listed, who opens it says why."""
+    try:
+        return folder.is_dir() and any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
+    except OSError:
+        return os.path.lexists(folder)
 
 
 def _prefixed(model: Checkpoint, prefix: str) -> Checkpoint:

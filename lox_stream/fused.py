@@ -136,6 +136,11 @@ def _chatglm(m: int, n: int, config: Mapping[str, Any]) -> Parts:
     return by(m, n, config)
 
 
+def _chatglm_ffn(m: int, n: int, config: Mapping[str, Any]) -> Parts:
+    """From its second version on, whose configs name the size; the first has no gate."""
+    return _alike("gate up")(m, n, config) if m == 2 * _number(config, "ffn_hidden_size") else ()
+
+
 def _shards(m: int, n: int, config: Mapping[str, Any]) -> Parts:
     """CodeGen: four shards of queries, values, keys."""
     return rows(m, n, dict.fromkeys("qvk", m // 12), 4)
@@ -197,7 +202,7 @@ TABLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Layout], ...] = (  # names,
     (("*.query_key_value.weight",), ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"), _by_head),
     (("*.query_key_value.weight",), ("falcon",), _falcon),
     (("*.query_key_value.weight",), ("chatglm",), _chatglm),
-    (("*.dense_h_to_4h.weight",), ("chatglm",), _alike("gate up")),
+    (("*.dense_h_to_4h.weight",), ("chatglm",), _chatglm_ffn),
     (("*.crossattention.c_attn.weight",), GPT2, _columns_alike("k v")),
     (("*.attn.c_attn.weight",), GPT2, _columns_alike("q k v")),
     (("*.attn.c_attn.weight",), ("gpt_bigcode",), _one_key_head("multi_query")),

@@ -70,7 +70,8 @@ CASES = {  # name, shape of a matrix, config, and its parts as the models' own c
         {"model_type": "chatglm", "multi_query_attention": True, "multi_query_group_num": 2, **HEADS},
         rows(24, 8, 8),
     ),
-    "chatglm, ffn": ("a.dense_h_to_4h.weight", (40, N), {"model_type": "chatglm"}, rows(20, 20)),
+    "chatglm, ffn": ("a.dense_h_to_4h.weight", (40, N), {"model_type": "chatglm", "ffn_hidden_size": 20}, rows(20, 20)),
+    "chatglm-6b, ffn": ("a.dense_h_to_4h.weight", (40, N), {"model_type": "chatglm", "inner_hidden_size": 40}, None),
     "bloom, ffn": ("a.dense_h_to_4h.weight", (40, N), {"model_type": "bloom", "n_head": 6}, None),
     "internlm2": ("a.attention.wqkv.weight", (40, N), {"model_type": "internlm2", **GROUPED}, per_group),
     "dbrx": (
@@ -271,7 +272,7 @@ def test_what_is_not_known_stays_one_matrix(case, tmp_path):
     made = plan(base, aligned, options=SPLIT)
     assert not any(step.parts for step in made.steps)
     assert any("fused projections" in told for told in made.warnings) == (
-        case not in ("no fused one", "gelu", "bloom, ffn")
+        case not in ("no fused one", "gelu", "bloom, ffn", "chatglm-6b, ffn")
     )
     same = [dict(stream(base, aligned, options=replace(SPLIT, split_fused=split))) for split in (True, False)]
     assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
