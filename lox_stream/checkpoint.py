@@ -65,7 +65,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     may not leave the folder.
     """
     root = Path(path).absolute()
-    if (root / PIPELINE_INDEX).is_file():
+    if os.path.isfile(root / PIPELINE_INDEX):  # noqa: PTH113 - False, and no error, for a path that is too long
         opened, own = _open_pipeline(root)
     else:
         layout = choose_layout(root)
@@ -101,11 +101,8 @@ def _open_pipeline(root: Path) -> tuple[Checkpoint, set[str]]:
     said = read_json(root / PIPELINE_INDEX)
     problems: list[str] = []
     components, own = [], {PIPELINE_INDEX}
-    for name in sorted(said):
-        if not (
-            is_plain_relative(name) and "/" not in name and isinstance(said[name], list) and _has_weights(root / name)
-        ):
-            continue
+    named = [name for name, what in said.items() if isinstance(what, list) and _is_folder_name(name)]
+    for name in sorted(name for name in named if _has_weights(root / name)):
         try:
             opened, files = _open_model(root / name, choose_layout(root / name))
         except CheckpointError as error:
@@ -124,6 +121,10 @@ def _open_pipeline(root: Path) -> tuple[Checkpoint, set[str]]:
     tensors = {name: tensor for model in components for name, tensor in model.tensors.items()}
     warnings = tuple(warning for model in components for warning in model.warnings)
     return Checkpoint(root, root, shards, tensors, None, None, said, (), warnings, tuple(components)), own
+
+
+def _is_folder_name(name: str) -> bool:
+    return is_plain_relative(name) and "/" not in name
 
 
 def _has_weights(folder: Path) -> bool:
