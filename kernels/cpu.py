@@ -238,7 +238,7 @@ def _round(
 ) -> Retained:
     """Round `total` into `out` and measure what is left of `update`. Overwrites `total`."""
     if key is None or out.dtype not in (torch.bfloat16, torch.float16):
-        _nearest(total, out)
+        round_to_nearest(total, out)
     else:
         words = words16(first, total.numel(), key).reshape(total.shape)
         (_stochastic_bf16 if out.dtype == torch.bfloat16 else _stochastic_fp16)(total, words, out)
@@ -250,8 +250,8 @@ def _round(
     return Retained(dot, square, math.isfinite(dot) or bool(out.isfinite().all()))
 
 
-def _nearest(total: Tensor, out: Tensor) -> None:
-    """Round to nearest, ties to even, once.
+def round_to_nearest(total: Tensor, out: Tensor) -> Tensor:
+    """Round `total` into `out`, of one shape and any float dtypes, ties to even, once; returns `out`.
 
     torch takes float64 to 16 bits through float32. Rounding to odd on the way there keeps the second rounding right:
     where the float32 is not exact and even, it steps to its odd neighbour on the side of the true value.
@@ -261,9 +261,8 @@ def _nearest(total: Tensor, out: Tensor) -> None:
         toward = torch.where(total > near.double(), torch.inf, -torch.inf).float()
         inexact = near.double() != total
         even = (near.view(torch.int32) & 1) == 0
-        out.copy_(torch.where(inexact & even & near.isfinite(), torch.nextafter(near, toward), near))
-    else:
-        out.copy_(total)
+        return out.copy_(torch.where(inexact & even & near.isfinite(), torch.nextafter(near, toward), near))
+    return out.copy_(total)
 
 
 def _stochastic_bf16(total: Tensor, words: np.ndarray, out: Tensor) -> None:

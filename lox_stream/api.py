@@ -16,7 +16,7 @@ from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
 from lox_stream.manifest import Totals, totals
-from lox_stream.matching import Step
+from lox_stream.matching import Step, output_bytes
 from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
@@ -131,7 +131,7 @@ def execute(
             totals=totals(output.finished.values()),
             elapsed_s=time.monotonic() - started,
             read_bytes=sum(s.aligned.n_bytes + (s.base.n_bytes if s.base else 0) for s in steps),
-            written_bytes=sum(s.aligned.n_bytes for s in steps),
+            written_bytes=sum(map(output_bytes, steps)),
             warnings=warnings,
             repaired=output.survey.damaged if output.survey is not None else None,
         )
@@ -192,8 +192,8 @@ class _Memory:
     """A target that is a tensor of its own."""
 
     def __init__(self, step: Step) -> None:
-        self.info = step.aligned
-        self.data = torch.empty(step.aligned.n_bytes, dtype=torch.uint8)
+        self.shape, self.dtype = step.aligned.shape, TORCH_DTYPES.get(step.dtype or step.aligned.dtype)
+        self.data = torch.empty(output_bytes(step), dtype=torch.uint8)
         self._view = self.data.numpy().data
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -204,8 +204,7 @@ class _Memory:
 
     def tensor(self) -> Tensor:
         """In its own dtype and shape; plain bytes where torch has no such dtype."""
-        dtype = TORCH_DTYPES.get(self.info.dtype)
-        return self.data if dtype is None else self.data.view(dtype).view(self.info.shape)
+        return self.data if self.dtype is None else self.data.view(self.dtype).view(self.shape)
 
 
 def stream(
@@ -231,9 +230,7 @@ def stream(
 
 def tensors_of(plan: Plan, cancel: threading.Event) -> Generator[tuple[str, Tensor], None, None]:
     """(name, tensor) for each step of a settled plan; see `stream`."""
-    events = compute(
-        plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=lambda step: step.aligned.n_bytes
-    )
+    events = compute(plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=output_bytes)
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, Finished):

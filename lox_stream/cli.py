@@ -174,6 +174,20 @@ def commands() -> None:
     help="What to do with a tensor that holds NaN or Inf.",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice(["same", "float32", "float16", "bfloat16"]),
+    default=DEFAULTS.dtype,
+    show_default=True,
+    help="Of the output's floats; same: as aligned has them.",
+)
+@click.option(
+    "--max-shard-size",
+    callback=_size,
+    metavar="SIZE",
+    show_default="the files of aligned",
+    help="Write files of at most so many bytes of tensors, of even size, such as 5GB.",
+)
+@click.option(
     "--device",
     default=DEFAULTS.device,
     metavar="auto|cpu|cuda[:N,...|:all]",

@@ -175,7 +175,9 @@ def scipy_lobpcg(problem: Problem, maxiter: float) -> Found:
 def _svds(problem: Problem, **given: object) -> Found:
     from scipy.sparse.linalg import LinearOperator, svds
 
-    op = _Counting(operator(problem.w1, problem.w0, problem.run, rms=Sample(problem.w1, problem.w0).delta_rms))
+    op = _Counting(
+        operator(problem.w1, problem.w0, problem.run, rms=Sample(problem.w1, problem.w0, problem.w1.dtype).delta_rms)
+    )
     linear = LinearOperator(
         op.shape, matvec=op.matmul, rmatvec=op.rmatmul, matmat=op.matmul, rmatmat=op.rmatmul, dtype="float32"
     )

@@ -10,6 +10,7 @@ from lox_stream.checkpoint import PIPELINE_INDEX, models_in
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
+from lox_stream.model_config import CONFIG, config_for
 from lox_stream.output_rules import MANIFEST, MODEL_CARD
 from lox_stream.placing import GO_ON
 from lox_stream.planning import Plan
@@ -29,10 +30,13 @@ def written_documents(
     Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
     written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
-    for model in models_in(plan.aligned):
+    for model in models_in(plan.written):
         if model.index_name is not None:
             written[model.index_name] = as_json(corrected_index(model))
-    if plan.aligned.components:
+        config = None if plan.options.dtype == "same" else config_for(model, plan.options.dtype)
+        if config is not None:
+            written[model.prefix + CONFIG] = config
+    if plan.written.components:
         path = plan.aligned.folder / PIPELINE_INDEX
         with files.explained(path, "read it", GO_ON):
             written[PIPELINE_INDEX] = path.read_bytes()

@@ -67,7 +67,7 @@ def _expected(plan: Plan, check: Check) -> bytes | None:
     """The content of a header, or of a file beside the weights."""
     assert plan.out is not None, "it is the folder that is looked at"
     if check.part == "header":
-        return next((shard.header for shard in plan.aligned.shards if shard.name == check.file), None)
+        return next((shard.header for shard in plan.written.shards if shard.name == check.file), None)
     if check.name == MANIFEST or not is_plain_relative(check.name):
         return None
     if Path(check.name) in plan.aligned.companions and check.name != MODEL_CARD:

@@ -106,12 +106,12 @@ def manifest_of(
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "options": finite(asdict(plan.options)),
         "inputs": {"base": input_of(plan.base), "aligned": input_of(plan.aligned)},
-        "index": plan.aligned.index_name,
-        **_components(plan.aligned),
-        "shards": {shard.name: _shard(shard, finished) for shard in plan.aligned.shards},
+        "index": plan.written.index_name,
+        **_components(plan.written),
+        "shards": {shard.name: _shard(shard, finished) for shard in plan.written.shards},
         "tensors": {
             tensor.name: _tensor(shard, finished[tensor.name], tensor.dtype, tensor.shape) | parts.get(tensor.name, {})
-            for shard in plan.aligned.shards
+            for shard in plan.written.shards
             for tensor in shard.tensors
         },
         "files": dict(sorted((beside or {}).items())),

@@ -39,6 +39,7 @@ class Step:
     n: int = 0
     seed_name: str = ""  # seeds solver and rounding; for a tied copy the other's name, so that both get the same bytes
     parts: tuple[Part, ...] = ()  # of a fused projection that is split
+    dtype: str = ""  # of the output; "": that of aligned
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:
@@ -124,9 +125,14 @@ def _weight_problems(
     ]
 
 
-def covered_bytes(step: Step) -> int:
-    """Of an extrapolated tensor's bytes, those of its matrices; what lies behind them is copied."""
-    return step.count * step.m * step.n * DTYPE_BYTES[step.aligned.dtype]
+def covered(step: Step) -> int:
+    """Of an extrapolated tensor's elements, those of its matrices; what lies behind them is copied."""
+    return step.count * step.m * step.n
+
+
+def output_bytes(step: Step) -> int:
+    """Bytes of the tensor in the output."""
+    return prod(step.aligned.shape) * DTYPE_BYTES[step.dtype] if step.dtype else step.aligned.n_bytes
 
 
 def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:

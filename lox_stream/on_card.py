@@ -182,7 +182,7 @@ class Cards:
     def takes(self, matrix: Matrix) -> bool:
         """Whether a matrix is computed on a card."""
         (m, n), setting = matrix.w1.shape, matrix.setting
-        known = all(weight.dtype in DTYPES for weight in (matrix.w1, matrix.w0))
+        known = all(weight.dtype in DTYPES for weight in (matrix.w1, matrix.w0)) and matrix.dtype == matrix.w1.dtype
         return known and goes_on_card(m, n, setting.rank, setting.options.svd)
 
     def extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:

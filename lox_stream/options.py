@@ -47,6 +47,8 @@ class Options:
     on_missing: Literal["error", "copy"] = "error"  # a matrix that base lacks
     on_shape_mismatch: Literal["error", "copy", "overlap"] = "error"  # overlap: the rows that both have
     split_fused: bool = False  # the parts of fused projections as matrices of their own
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"  # of the output's floats
+    max_shard_size: int = 0  # bytes of tensors in a file of the output; 0: the files of aligned
     recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
@@ -110,6 +112,8 @@ def check_options(options: Options) -> None:
         *_one_of("--on-missing", options.on_missing, ("error", "copy")),
         *_one_of("--on-shape-mismatch", options.on_shape_mismatch, ("error", "copy", "overlap")),
         *_yes_or_no("--split-fused", options.split_fused),
+        *_one_of("--dtype", options.dtype, ("same", "float32", "float16", "bfloat16")),
+        *_whole_number("--max-shard-size", options.max_shard_size, 0, None, "0 keeps the files of aligned"),
         *_device(options.device),
         *_one_of("--kernels", options.kernels, ("auto", "triton", "torch")),
         *_for_gpus(options),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
 from lox_stream.fused import Part
 from lox_stream.layout import read_json
-from lox_stream.matching import Step, glob_problems, match
+from lox_stream.matching import Step, glob_problems, match, output_bytes
 from lox_stream.names import printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
 from lox_stream.regions import matrix_count, parts_of_each
+from lox_stream.rewriting import output_dtypes, rewritten
 
 __all__ = ["Options", "Plan", "Step", "check_options", "memory_needed", "output_names", "plan", "plan_summary"]
 
@@ -32,6 +33,7 @@ class Plan:
 
     base: Checkpoint
     aligned: Checkpoint
+    written: Checkpoint  # aligned with the files and dtypes of the output; aligned itself where these are the same
     out: Path | None  # None: nothing is written (stream)
     options: Options
     steps: tuple[Step, ...]  # by aligned's shards and offsets, so that reading is sequential
@@ -61,19 +63,22 @@ def plan(
     problems = _Problems()
     target = Path(out).absolute() if out is not None else None
     opened_base, opened_aligned = problems.open(base, "base"), problems.open(aligned, "aligned")
+    written: Checkpoint | None = None
     steps: tuple[Step, ...] = ()
     warnings: list[str] = []
     if opened_aligned is not None:
+        written = rewritten(opened_aligned, output_dtypes(opened_aligned, options.dtype), options.max_shard_size)
         problems.option += glob_problems(opened_aligned, options)
-    if opened_base is not None and opened_aligned is not None:
+    if opened_base is not None and opened_aligned is not None and written is not None:
         steps, found, warnings = match(opened_base, opened_aligned, options)
+        steps = tuple(_as_written(step, written) for step in steps)
         problems.input += [*_same_problems(opened_base, opened_aligned), *found]
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:
         roots = Path(base).absolute(), Path(aligned).absolute()
         found, more = output_problems(
-            target, *roots, opened_aligned, resume=resume, overwrite=overwrite, repair=repair, dry=dry
+            target, *roots, written, resume=resume, overwrite=overwrite, repair=repair, dry=dry
         )
         problems.output += found
         warnings += more
@@ -82,7 +87,13 @@ def plan(
     problems.throw()
     assert opened_base is not None, "what cannot be opened is a problem"
     assert opened_aligned is not None, "what cannot be opened is a problem"
-    return Plan(opened_base, opened_aligned, target, options, steps, tuple(warnings))
+    assert written is not None, "it is made of aligned"
+    return Plan(opened_base, opened_aligned, written, target, options, steps, tuple(warnings))
+
+
+def _as_written(step: Step, written: Checkpoint) -> Step:
+    dtype = written.tensors[step.name].dtype
+    return step if dtype == step.aligned.dtype else replace(step, dtype=dtype)
 
 
 def memory_needed(step: Step, options: Options) -> int:
@@ -119,7 +130,7 @@ def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
 
 
 def _card_memory_for(part: Part, step: Step, svd: str, blocks: bool) -> int:
-    if step.base is None or "F64" in (step.aligned.dtype, step.base.dtype):
+    if step.base is None or step.dtype or "F64" in (step.aligned.dtype, step.base.dtype):
         return 0
     if not costs.goes_on_card(part.m, part.n, step.rank, svd):
         return 0
@@ -145,13 +156,13 @@ def too_large(steps: Sequence[Step], svd: str, usable_bytes: float) -> str:
 
 def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
     """Every name that a run writes in its folder, relative to it, the temporary ones too."""
-    return names_written(plan_or_aligned.aligned if isinstance(plan_or_aligned, Plan) else plan_or_aligned)
+    return names_written(plan_or_aligned.written if isinstance(plan_or_aligned, Plan) else plan_or_aligned)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-able data: inputs, options, each step, totals in tensors and bytes, warnings."""
-    changed = [step.aligned.n_bytes for step in plan.steps if step.action == "extrapolate"]
-    copied = [step.aligned.n_bytes for step in plan.steps if step.action == "copy"]
+    changed = [output_bytes(step) for step in plan.steps if step.action == "extrapolate"]
+    copied = [output_bytes(step) for step in plan.steps if step.action == "copy"]
     return {
         "base": str(plan.base.root),
         "aligned": str(plan.aligned.root),
@@ -165,7 +176,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             "extrapolated_bytes": sum(changed),
             "copied_tensors": len(copied),
             "copied_bytes": sum(copied),
-            "shards": len(plan.aligned.shards),
+            "shards": len(plan.written.shards),
             "companions": len(plan.aligned.companions),
         },
         "warnings": list(plan.warnings),
@@ -180,6 +191,8 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
         "shape": list(step.aligned.shape),
         "dtype": step.aligned.dtype,
         "bytes": step.aligned.n_bytes,
+        "written_dtype": step.dtype or step.aligned.dtype,
+        "written_bytes": output_bytes(step),
         "base_name": step.base.name if step.base is not None else None,
         "base_dtype": step.base.dtype if step.base is not None else None,
         "rank": step.rank if step.action == "extrapolate" else None,

@@ -10,7 +10,7 @@ from typing import Any
 from lox_stream import costs
 from lox_stream.errors import DeviceError, OptionError
 from lox_stream.fused import Part
-from lox_stream.matching import Step
+from lox_stream.matching import Step, output_bytes
 from lox_stream.options import gpu_count, is_gpu, parse_size
 from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
 from lox_stream.regions import parts_of_each
@@ -105,7 +105,7 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
     again_read = 4 if plan.options.kernels == "torch" else 1  # times that torch's kernels move what they multiply
     blocks = [step for step in there if on_card[step.name] > room]
     read = sum(step.aligned.n_bytes for step in plan.steps) + sum(map(_base_bytes, changed))
-    written = sum(step.aligned.n_bytes for step in plan.steps)
+    written = sum(map(output_bytes, plan.steps))
     busy: dict[str, float] = {}
 
     def add(name: str, rate: float, seconds: Callable[[], float]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -13,16 +14,17 @@ import xxhash
 from torch import Tensor
 
 from lox_stream.assembling import Assembly
+from lox_stream.checkpoint import DTYPE_BYTES
 from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
-from lox_stream.kernels.cpu import Run
-from lox_stream.matching import Step, covered_bytes
+from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
+from lox_stream.matching import Step, covered, output_bytes
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
-from lox_stream.reader import mapped, matrix_at
+from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
 from lox_stream.regions import Region, regions_of
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
@@ -58,8 +60,8 @@ def process(
         if step.action == "copy" or isinstance(outcome, NotFinite):
             target = place(step) if isinstance(outcome, NotFinite) else target
             _copy_from(0, step, target, run)
-        elif covered_bytes(step) < step.aligned.n_bytes:
-            _copy_from(covered_bytes(step), step, target, run)
+        elif covered(step) < prod(step.aligned.shape):
+            _copy_from(covered(step), step, target, run)
         elapsed_s = (time.perf_counter() - started) / len(steps)
         finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
     return finished
@@ -79,7 +81,7 @@ def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, ela
         name=step.name,
         action=action,
         reason=reason,
-        n_bytes=step.aligned.n_bytes,
+        n_bytes=output_bytes(step),
         elapsed_s=elapsed_s,
         checksum=checksum,
         matrices=matrices,
@@ -90,7 +92,7 @@ def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, ela
 def _rows_left(step: Step, action: str) -> tuple[str, ...]:
     """That a vocabulary grew, and which rows base does not have."""
     rows = step.aligned.shape[0] if step.aligned.shape else 0
-    if action == "copy" or covered_bytes(step) == step.aligned.n_bytes:
+    if action == "copy" or covered(step) == prod(step.aligned.shape):
         return ()
     return (f"{step.name}: rows {step.m} to {rows - 1} are copied, for base has {step.m}; the others are extrapolated",)
 
@@ -144,7 +146,21 @@ def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list
 def _emit_unchanged(matrix: Matrix, run: Run) -> None:
     flat = matrix.w1.view(-1)
     size = COPY_BYTES // flat.element_size()
-    run(lambda i: matrix.emit(i * size, flat[i * size : (i + 1) * size]), -(-len(flat) // size))
+
+    def task(i: int) -> None:
+        some = flat[i * size : (i + 1) * size]
+        matrix.emit(i * size, some if matrix.dtype == some.dtype else _rounded(some, matrix.dtype))
+
+    run(task, -(-len(flat) // size))
+
+
+def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """To nearest, once. Raises NotFinite where that leaves the range of the dtype."""
+    tile = round_to_nearest(numbers, torch.empty(numbers.shape, dtype=dtype))
+    beyond = tile.isinf() & numbers.isfinite()
+    if bool(beyond.any()):
+        raise NotFinite(f"{float(numbers[beyond][0]):g} is beyond the range of {str(dtype).removeprefix('torch.')}")
+    return tile
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
@@ -164,6 +180,7 @@ def _source(
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     aligned, base = maps.enter_context(mapped(step.aligned)), maps.enter_context(mapped(step.base))
     base_dtype, assembly = step.base.dtype, Assembly(target)
+    rounded_to = TORCH_DTYPES[step.dtype] if step.dtype else None
 
     def tell(notice: str) -> None:
         told.append(f"{step.name}: {notice}")
@@ -176,7 +193,7 @@ def _source(
                 assembly.add(region, first, tile)
 
         w1, w0 = matrix_at(aligned, step.aligned.dtype, region), matrix_at(base, base_dtype, region)
-        return Matrix(w1, w0, _setting(step, options, region), emit, tell)
+        return Matrix(w1, w0, _setting(step, options, region), emit, tell, rounded_to)
 
     return matrix
 
@@ -195,9 +212,28 @@ def _setting(step: Step, options: Options, region: Region) -> Setting:
 
 
 def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
-    """The tensor's bytes from `first` on."""
+    """The tensor from its element `first` on, in the dtype of the output."""
     with mapped(step.aligned) as data:
-        _copy(data[first:], target, first, run)
+        if step.dtype:
+            weight = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
+            _convert(weight, first, step, target, run)
+        else:
+            first_byte = first * DTYPE_BYTES[step.aligned.dtype] if first else 0
+            _copy(data[first_byte:], target, first_byte, run)
+
+
+def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -> None:
+    """Its elements from `first` on."""
+
+    def task(i: int) -> None:
+        at = first + i * TILE_ELEMENTS
+        tile = _rounded(weight[at : at + TILE_ELEMENTS], TORCH_DTYPES[step.dtype])
+        target.write(at * tile.element_size(), as_bytes(tile))
+
+    try:
+        run(task, -(-(weight.numel() - first) // TILE_ELEMENTS))
+    except NotFinite as problem:
+        raise DataError(f"{step.name}: {problem}. Write another --dtype, such as bfloat16") from problem
 
 
 def _copy(data: memoryview, target: Target, offset: int, run: Run) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 from lox_stream.errors import OptionError
 from lox_stream.names import printable
-from lox_stream.options import Options, Rule, check_options, from_json, rule_problems
+from lox_stream.options import Options, Rule, check_options, from_json, parse_size, rule_problems
 from lox_stream.shards import is_regular, parse_json, unreadable
 
 OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
-    *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite", "split_fused"),
+    *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite", "split_fused", "dtype", "max_shard_size"),
 )
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 MAX_TOML_CHARACTERS = 1 << 20
@@ -70,7 +70,12 @@ def _of_toml(path: Path, text: str) -> dict[str, Any]:
         found = [_at(path, _line(text, key, number), problem) for key, number, problem in problems[:MAX_PROBLEMS]]
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise OptionError("\n".join([*found, *more]))
-    return {**from_json({_name(key): value for key, value in said.items()}), "recipe": tuple(rules)}
+    top = {_name(key): _in_bytes(key, value) for key, value in said.items()}
+    return {**from_json(top), "recipe": tuple(rules)}
+
+
+def _in_bytes(key: str, value: Any) -> Any:
+    return parse_size(value) if _name(key) == "max_shard_size" and isinstance(value, str) else value
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _top_problems(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in said.items():
         if _name(key) in OPTIONS:
             try:
-                check_options(Options(**from_json({_name(key): value})))
+                check_options(Options(**from_json({_name(key): _in_bytes(key, value)})))
             except OptionError as error:
                 yield key, str(error)
 

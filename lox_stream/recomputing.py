@@ -21,11 +21,12 @@ from torch import Tensor
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
 from lox_stream.options import Options, options_for
-from lox_stream.reader import mapped, matrix_at
+from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
 from lox_stream.sampling import Sample, Unit
 from lox_stream.workers import Workers
 
 SLACK = 0.002  # of the elements, and twice the predicted share
+PIECE_ELEMENTS = 1 << 20
 WIDE_SLACK = 1e-4  # of |update|, for float32 and float64: ten times what the solver aims at
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -116,10 +117,25 @@ class _Seen:
 
 
 def _compare_copy(unit: Unit) -> _Seen:
-    """Elements are bytes here, whatever the dtype."""
+    """Elements are bytes here, whatever the dtype; unless that has changed."""
+    if unit.step.dtype:
+        return _compare_converted(unit)
     with mapped(unit.step.aligned) as aligned, mapped(unit.out) as out:
         same = int((np.frombuffer(aligned, np.uint8) == np.frombuffer(out, np.uint8)).sum())
     return _Seen(unit.n_bytes, same, same == unit.n_bytes)
+
+
+def _compare_converted(unit: Unit) -> _Seen:
+    """A tensor that was rounded to another dtype and no more."""
+    same = 0
+    with mapped(unit.step.aligned) as aligned, mapped(unit.out) as written:
+        weight = torch.frombuffer(aligned, dtype=TORCH_DTYPES[unit.step.aligned.dtype])
+        out = torch.frombuffer(written, dtype=TORCH_DTYPES[unit.out.dtype])
+        for first in range(0, out.numel(), PIECE_ELEMENTS):
+            piece = slice(first, first + PIECE_ELEMENTS)
+            right = rounded_once(weight[piece].double(), out.dtype)
+            same += int((right.view(BITS[out.dtype]) == out[piece].view(BITS[out.dtype])).sum())
+        return _Seen(out.numel(), same, same == out.numel())
 
 
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
@@ -133,16 +149,16 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
         out = matrix_at(written, unit.out.dtype, region).clone()
     exact = recomputed(w1, w0, step.rank, options.alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
-    right = rounded_once(exact.total, w1.dtype, key, region.words)
-    same = int((right.view(BITS[w1.dtype]) == out.view(BITS[w1.dtype])).sum())
+    right = rounded_once(exact.total, out.dtype, key, region.words)
+    same = int((right.view(BITS[out.dtype]) == out.view(BITS[out.dtype])).sum())
     done, norm = out.double() - w1.double(), float(exact.update.norm())
     error = float((done - exact.update).norm()) / norm if norm else None
     if not unit.unique:  # any of many parts is right, so what counts is how much of delta it leaves
         ok = float((done - options.alpha * (w1.double() - w0.double())).norm()) <= (1 + 1e-4) * exact.rest + _grid(out)
-    elif w1.dtype in (torch.bfloat16, torch.float16):
+    elif out.dtype in (torch.bfloat16, torch.float16):
         ok = w1.numel() - same <= w1.numel() * (2 * (unit.predicted_share or 0.0) + SLACK) + 1
     else:
-        eps = torch.finfo(w1.dtype).eps
+        eps = torch.finfo(out.dtype).eps
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
 

@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from lox_stream.matching import output_bytes
 from lox_stream.names import pattern_of, printable
 from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
@@ -85,7 +86,8 @@ def plan_tables(plan: Plan) -> list[Group]:
     groups: dict[tuple[str, ...], list[Step]] = {}
     for step in plan.steps:
         why = _why(step, plan.options)
-        groups.setdefault((pattern_of(step.name), step.action, why, step.aligned.dtype), []).append(step)
+        dtype = " to ".join(filter(None, [step.aligned.dtype, step.dtype]))
+        groups.setdefault((pattern_of(step.name), step.action, why, dtype), []).append(step)
     rows = [
         (
             pattern if len(steps) > 1 else steps[0].name,
@@ -94,7 +96,7 @@ def plan_tables(plan: Plan) -> list[Group]:
             dtype,
             action,
             why,
-            size_text(sum(step.aligned.n_bytes for step in steps)),
+            _size(steps),
         )
         for (pattern, action, why, dtype), steps in groups.items()
     ]
@@ -157,7 +159,7 @@ def prediction_table(prediction: Prediction) -> Group:
 
 
 def _size(steps: Sequence[Step]) -> str:
-    return size_text(sum(step.aligned.n_bytes for step in steps))
+    return size_text(sum(map(output_bytes, steps)))
 
 
 def summary_table(summary: Summary, *, kept: bool = True) -> Group:

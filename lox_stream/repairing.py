@@ -44,10 +44,10 @@ def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
         state = _state_of(plan, found)
         warnings = agreed(plan, state.header)
         damaged += _beside(plan.out, found, seen)
-    known = {name: facts for name, facts in state.finished.items() if name in plan.aligned.tensors}
+    known = {name: facts for name, facts in state.finished.items() if name in plan.written.tensors}
     right: dict[str, TensorFacts] = {}
     whole = set()
-    for shard in plan.aligned.shards:
+    for shard in plan.written.shards:
         failed = _damage(plan.out, shard, known, seen)
         lost = {damage.name for damage in failed}
         damaged += failed

@@ -15,7 +15,7 @@ from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, open_chec
 from lox_stream.costs import EXACT_FLOPS, exact_bytes, exact_flops
 from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.manifest import input_of, read_manifest
-from lox_stream.matching import Step
+from lox_stream.matching import Step, output_bytes
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
@@ -144,7 +144,7 @@ def agree(said: Any, found: Any) -> bool:
 def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:
     for step in made.steps:
         row, written = rows.get(step.name), out.tensors.get(step.name)
-        if not isinstance(row, dict) or written is None or written.n_bytes != step.aligned.n_bytes:
+        if not isinstance(row, dict) or written is None or written.n_bytes != output_bytes(step):
             raise OutputError(f"{folder}: {printable(step.name)}: manifest, output and aligned do not agree. {AGAIN}")
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
         if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != matrix_count(step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -92,6 +93,13 @@ def source_name(shard: Shard) -> str:
 def written_bytes(shard: Shard) -> int:
     """Size of the file that is written for a shard."""
     return shard.size_bytes if shard.written_bytes is None else shard.written_bytes
+
+
+def header_of(entries: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str] | None) -> bytes:
+    """A header, its length in front: entries with dtype, shape and data_offsets by name; padded to 8 bytes."""
+    text = json.dumps({"__metadata__": metadata or {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def parse_json(data: bytes) -> tuple[Any, tuple[str, ...]]:

@@ -6,7 +6,6 @@ part of which storage (`pickles`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import xxhash
 from lox_stream.errors import CheckpointError
 from lox_stream.names import printable
 from lox_stream.pickles import MAX_BYTES, RefusedError, StoredTensor, read_pickle
-from lox_stream.shards import DTYPE_BYTES, Shard, TensorInfo, disguise, require_regular, unreadable
+from lox_stream.shards import DTYPE_BYTES, Shard, TensorInfo, disguise, header_of, require_regular, unreadable
 
 INDEX_SUFFIX = ".bin.index.json"
 ORDER_BYTES = 16
@@ -134,9 +133,7 @@ def _as_safetensors(
         at += n_bytes
     if problems:
         raise CheckpointError(problems)
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_of(entries, None)
     infos = []
     for name, entry in entries.items():
         tensor, (begin, end) = found[name], entry["data_offsets"]

@@ -35,15 +35,15 @@ Block = Callable[[slice, slice, Tensor, int], Retained]  # block(rows, columns, 
 
 
 class Sample:
-    """Some elements of W1 and delta at fixed places: sizes, and how coarse the output's grid is where they lie."""
+    """Some elements of W1 and delta at fixed places: sizes, and how coarse the grid of the output's `dtype` is."""
 
-    def __init__(self, w1: Tensor, w0: Tensor) -> None:
+    def __init__(self, w1: Tensor, w0: Tensor, dtype: torch.dtype) -> None:
         wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
         some = _some(w1).to(wide)
         delta = some - _some(w0).to(wide)
         self.delta_rms = _norm(delta) / math.sqrt(delta.numel())
         self.weight_norm = _norm(some) * math.sqrt(w1.numel() / some.numel())
-        finfo = torch.finfo(w1.dtype)
+        finfo = torch.finfo(dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
         exponents = torch.where(some == 0, LOWEST_EXPONENT, torch.frexp(some)[1]).clamp_(LOWEST_EXPONENT)
         lowest = int(exponents.min())
@@ -102,6 +102,12 @@ class Matrix:
     setting: Setting
     emit: Emit
     tell: Callable[[str], None] = lambda notice: None  # a person, of something that went otherwise than planned
+    rounded_to: torch.dtype | None = None  # what the tiles are; None: the dtype of W1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tiles."""
+        return self.w1.dtype if self.rounded_to is None else self.rounded_to
 
 
 def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run: Run) -> MatrixFacts:
@@ -149,7 +155,7 @@ def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | N
 
 def begin_away(matrix: Matrix, run: Run) -> MatrixFacts | Sample:
     """Of a matrix that is to be solved on a GPU: its facts where delta is zero, else what the solver has to know."""
-    sample = Sample(matrix.w1, matrix.w0)
+    sample = Sample(matrix.w1, matrix.w0, matrix.dtype)
     identical = not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run)
     return _zero(sample) if identical else sample
 
@@ -175,7 +181,7 @@ class _Unsolved:
 
 def _enough(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> bool:
     """Whether the output would be within the tolerance, with such norms of the error and of the rank-k part."""
-    if matrix.w1.dtype not in ROUNDED:
+    if matrix.dtype not in ROUNDED:
         return error <= WIDE_TOLERANCE * part
     if error > RELATIVE_CAP * part:
         return False
@@ -206,7 +212,7 @@ class Solved:
     @property
     def predicted_share(self) -> float | None:
         """Of output elements that differ from the exact result; None for wide outputs."""
-        if self.matrix.w1.dtype not in ROUNDED:
+        if self.matrix.dtype not in ROUNDED:
             return None
         return _share(self.matrix, self.sample, self.scale, self.found.error, self.part)
 
@@ -214,7 +220,7 @@ class Solved:
 def _begin(matrix: Matrix, run: Run, room: Tensor | None) -> MatrixFacts | NotFinite | Solved | _Unsolved:
     """What is done at once, or the operator to solve."""
     w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
-    sample = Sample(w1, w0)
+    sample = Sample(w1, w0, matrix.dtype)
     try:
         if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
             return _zero(sample)
@@ -238,7 +244,7 @@ def _exactly(matrix: Matrix, sample: Sample, scale: float) -> Solved:
 def _by_gram(matrix: Matrix, sample: Sample, delta: KeptDelta) -> Solved:
     """By the Gram matrix: in float32 where that leaves a 16-bit output within the tolerance, else in float64."""
     rank, scale = matrix.setting.rank, delta.scale
-    if matrix.w1.dtype in ROUNDED:
+    if matrix.dtype in ROUNDED:
         quick = _judged(Solved(matrix, sample, gram_svd(delta.dense, rank), scale, "gram"))
         if quick.found.converged and quick.found.unique:
             return quick
@@ -371,7 +377,7 @@ def _emit_tiles(matrices: Sequence[Matrix], blocks: Sequence[Block], run: Run) -
         top, left = (tile // parts) * rows, (tile % parts) * columns
         band, part = slice(top, min(top + rows, m)), slice(left, min(left + columns, n))
         matrix = matrices[which]
-        out = scratch(OUT_SLOT, torch.Size((band.stop - band.start, part.stop - part.start)), matrix.w1.dtype)
+        out = scratch(OUT_SLOT, torch.Size((band.stop - band.start, part.stop - part.start)), matrix.dtype)
         first = top * n + left
         kept[which][tile] = blocks[which](band, part, out, matrix.setting.first + first)
         matrix.emit(first, out)
@@ -397,7 +403,7 @@ def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
     """Of a matrix whose update was rounded; NotFinite where that left the range of its dtype."""
     found, scale = one.found, one.scale
     if not kept.finite:
-        dtype = str(one.matrix.w1.dtype).removeprefix("torch.")
+        dtype = str(one.matrix.dtype).removeprefix("torch.")
         return NotFinite(f"the extrapolated weight is beyond the range of {dtype}")
     squares = float(found.s.double().square().sum())
     part = math.sqrt(squares)

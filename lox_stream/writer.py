@@ -69,7 +69,7 @@ class Output:
         self.warnings: list[str] = []
         self._renamed: set[str] = set()  # shards that an earlier session published
         self._fds: dict[str, int] = {}  # of the others
-        self._shard_of = {tensor.name: shard for shard in plan.aligned.shards for tensor in shard.tensors}
+        self._shard_of = {tensor.name: shard for shard in plan.written.shards for tensor in shard.tensors}
         self._committer: Committer | None = None
         self._stack = contextlib.ExitStack()
 
@@ -84,7 +84,7 @@ class Output:
                 self._journal = self._begin(before, stack, undo)
                 if self.survey is not None or len(before.finished) < len(self._shard_of):
                     self._retract()
-                for shard in self.plan.aligned.shards:
+                for shard in self.plan.written.shards:
                     self._reserve(shard, stack, undo)
                 undo.pop_all()
             self._committer = Committer(self._journal)
@@ -127,7 +127,7 @@ class Output:
             self._check_fresh()
             return Replay(new, (), {})
         self.warnings += warned
-        lost = [shard for shard in self.plan.aligned.shards if not self._kept(shard, state.finished)]
+        lost = [shard for shard in self.plan.written.shards if not self._kept(shard, state.finished)]
         gone = {tensor.name for shard in lost for tensor in shard.tensors}
         kept = {name: facts for name, facts in state.finished.items() if name in self._shard_of.keys() - gone}
         return Replay(state.header | {"options": new["options"]}, state.sessions, kept)
@@ -165,7 +165,7 @@ class Output:
 
         The journal is there already, so that a crash leaves a folder that is still known to be ours.
         """
-        for name in (*reversed(index_names(self.plan.aligned)), MANIFEST):
+        for name in (*reversed(index_names(self.plan.written)), MANIFEST):
             (self.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.folder)
 
@@ -198,7 +198,7 @@ class Output:
 
     def place(self, name: str) -> Place:
         """Where the bytes of an unfinished tensor go."""
-        shard, tensor = self._shard_of[name], self.plan.aligned.tensors[name]
+        shard, tensor = self._shard_of[name], self.plan.written.tensors[name]
         return Place(
             self._fds[shard.name],
             files.partial(self.folder / shard.name),
@@ -223,7 +223,7 @@ class Output:
         assert self._committer is not None, "a folder with nothing to do is published"
         self._committer.finish()
         self._committer.check()
-        last = [*index_names(self.plan.aligned), MANIFEST]
+        last = [*index_names(self.plan.written), MANIFEST]
         with files.explained(self.folder, "publish the result", GO_ON):
             for fd in self._fds.values():
                 os.fsync(fd)

@@ -23,7 +23,18 @@ from lox_stream.synthetic import llama_shapes, write_pair
 
 RUN_OPTIONS = (
     *("--base", "--aligned", "--out", "--rank", "--alpha", "--svd", "--tolerance", "--skip", "--only", "--rounding"),
-    *("--seed", "--on-nonfinite", "--device", "--memory", "--threads", "--resume", "--overwrite", "--dry-run"),
+    *(
+        "--seed",
+        "--on-nonfinite",
+        "--dtype",
+        "--max-shard-size",
+        "--device",
+        "--memory",
+        "--threads",
+        "--resume",
+        "--overwrite",
+        "--dry-run",
+    ),
     "--repair",
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
     *("--recipe", "--split-fused"),

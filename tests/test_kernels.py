@@ -152,7 +152,7 @@ def test_an_update_of_float64_rounds_once(dtype):
     values = np.concatenate([steps, -steps, np.random.default_rng(0).normal(size=4000)])
     total = torch.from_numpy(values).view(1, -1)
     out = torch.empty(total.shape, dtype=dtype)
-    cpu._nearest(total, out)
+    cpu.round_to_nearest(total, out)
     assert torch.equal(out, exactly_rounded(values, dtype).view(1, -1))
 
 

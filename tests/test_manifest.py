@@ -73,7 +73,7 @@ def finished(aligned: Checkpoint) -> dict[str, TensorFacts]:
 
 @pytest.fixture
 def plan(aligned: Checkpoint, tmp_path: Path) -> Plan:
-    return Plan(aligned, aligned, tmp_path / "out", Options(skip=("x.*",)), (), ())
+    return Plan(aligned, aligned, aligned, tmp_path / "out", Options(skip=("x.*",)), (), ())
 
 
 @pytest.fixture

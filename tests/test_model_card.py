@@ -28,7 +28,7 @@ def checkpoint(folder: Path, card: str | bytes | None = None, config: dict[str, 
 
 def card_of(tmp_path: Path, card: str | bytes | None, options: Options = Options(), **config: object) -> str:  # noqa: B008
     aligned = checkpoint(tmp_path / "models--org--aligned" / "snapshots" / "1a2b", card, config)
-    plan = Plan(checkpoint(tmp_path / "base"), aligned, tmp_path / "out", options, (), ())
+    plan = Plan(checkpoint(tmp_path / "base"), aligned, aligned, tmp_path / "out", options, (), ())
     return card_for(plan, totals([])).decode("utf-8", "surrogateescape")
 
 
@@ -141,7 +141,8 @@ def test_empty_front_matter_is_filled() -> None:
 
 
 def test_a_low_retention_is_said_with_the_way_out(tmp_path: Path) -> None:
-    plan = Plan(checkpoint(tmp_path / "base"), checkpoint(tmp_path / "aligned"), tmp_path / "out", Options(), (), ())
+    aligned = checkpoint(tmp_path / "aligned")
+    plan = Plan(checkpoint(tmp_path / "base"), aligned, aligned, tmp_path / "out", Options(), (), ())
     none = totals([])
     low = card_for(plan, replace(none, retention=0.553, energy=0.25)).decode()
     assert "| retention of the update after rounding | 55.3 % |\n" in low
@@ -160,7 +161,8 @@ def test_a_model_is_called_as_on_the_hub_or_by_its_folder(tmp_path: Path, path: 
 
 
 def test_names_cannot_break_the_table(tmp_path: Path) -> None:
-    plan = Plan(checkpoint(tmp_path / "a|b`c"), checkpoint(tmp_path / "x\ny"), tmp_path / "out", Options(), (), ())
+    aligned = checkpoint(tmp_path / "x\ny")
+    plan = Plan(checkpoint(tmp_path / "a|b`c"), aligned, aligned, tmp_path / "out", Options(), (), ())
     card = card_for(plan, totals([])).decode()
     assert "| base | `a/b'c` |\n" in card
     assert "| aligned | `x\\ny` |\n" in card

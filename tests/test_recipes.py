@@ -49,6 +49,21 @@ def pair(tmp_path_factory):
     return write(root / "base", base), write(root / "aligned", aligned)
 
 
+def test_a_recipe_says_dtype_and_size_and_the_manifest_says_them_again(pair, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('dtype = "bfloat16"\nmax-shard-size = "3 KB"\n')
+    assert read_recipe(path) == {"dtype": "bfloat16", "max_shard_size": 3000, "recipe": ()}
+    for out, recipe in (("one", path), ("two", tmp_path / "one" / "lox_stream.json")):
+        sides = ["--base", pair[0], "--aligned", pair[1], "--out", tmp_path / out]
+        assert lox("run", *sides, "--recipe", recipe, "--quiet").exit_code == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / out).glob("*.safetensors")} for out in ("one", "two"))
+    assert len(one) > 2
+    assert one == two
+    path.write_text('max-shard-size = "large"\n')
+    with pytest.raises(OptionError, match=r"line 1.*'large' is not a size"):
+        read_recipe(path)
+
+
 def exact(pair, name, rank, alpha):
     w0, w1 = (load_file(side / "model.safetensors")[name] for side in pair)
     return extrapolated(w1, w0, rank, alpha)

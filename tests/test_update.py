@@ -138,7 +138,7 @@ def test_a_tiny_delta_that_the_sample_missed_is_scaled_all_the_same():
     w0 = torch.zeros(700, 600)
     w1 = w0.clone()
     w1[123, 457], w1[124, 458] = 1e-30, 2e-30
-    assert Sample(w1, w0).delta_rms == 0.0
+    assert Sample(w1, w0, w1.dtype).delta_rms == 0.0
     _, facts = extrapolated(w1, w0, rank=1)
     assert facts.singular_values == pytest.approx([2e-30], rel=1e-5)
 

@@ -74,7 +74,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
 
 def plan_of(root: Path, out: str = "out", options: Options = Options()) -> Plan:  # noqa: B008
     base, aligned = open_checkpoint(root / "base"), open_checkpoint(root / "aligned")
-    return Plan(base, aligned, root / out, options, (), ())
+    return Plan(base, aligned, aligned, root / out, options, (), ())
 
 
 def copy_tensor(output: Output, name: str, step: int = 13) -> None:
