@@ -16,6 +16,7 @@ from lox_stream.facts import TensorFacts
 from lox_stream.files import partial
 from lox_stream.journal import Replay, byte_options, identity, tensor_facts
 from lox_stream.manifest import read_manifest
+from lox_stream.names import printable
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
 from lox_stream.resuming import Damage, Survey, agreed, resumable
@@ -112,8 +113,10 @@ def _state_of(plan: Plan, found: Mapping[str, Any]) -> Replay:
         times = found["times"]
         session = {"session": None, "host": "", "time": times["started"]}
         return Replay(began, (session,) * min(int(times["sessions"]), 1000), facts_of(found["tensors"]))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise OutputError(f"{plan.out / MANIFEST}: parts of the manifest mean nothing ({error!r}). {AGAIN}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise OutputError(
+            f"{plan.out / MANIFEST}: parts of the manifest mean nothing ({printable(str(error))}). {AGAIN}"
+        ) from error
 
 
 def _inputs(shards: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

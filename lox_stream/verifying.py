@@ -143,7 +143,7 @@ def _shard(folder: Path, name: str, said: Any, rows: dict[str, Any]) -> Iterator
     problem = _unusable(folder, name)
     sizes = [_value(row, "n_bytes") for row in rows.values()]
     size = _value(said, "size")
-    if not problem and not all(type(n_bytes) is int and n_bytes >= 0 for n_bytes in (size, *sizes)):
+    if not problem and not all(type(n_bytes) is int and 0 <= n_bytes < 1 << 63 for n_bytes in (size, *sizes)):
         problem = "the manifest does not say how long it or its tensors are"
     elif not problem and size < sum(sizes):
         problem = f"the manifest says {size} bytes, and {sum(sizes)} of its tensors"
