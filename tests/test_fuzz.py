@@ -231,6 +231,15 @@ def test_a_manifest_of_names_that_no_file_has_fails_and_does_not_crash(tmp_path,
     assert all(check.message.isprintable() for check in checks)
 
 
+def test_sizes_that_no_file_has_fail_and_do_not_crash(tmp_path):
+    shard(tmp_path / "x.safetensors", {"a": TENSOR}, bytes(16))
+    found = {"format": 1, "inputs": {}, "options": {}, "totals": {}, "shards": {"x.safetensors": {"size": 2**64}}}
+    found["tensors"] = {"a": {"shard": "x.safetensors", "n_bytes": 2**63}}
+    (tmp_path / MANIFEST).write_text(json.dumps(found))
+    (check,) = verify_checksums(tmp_path)
+    assert "does not say how long it or its tensors are" in check.message
+
+
 @pytest.mark.parametrize(
     "value", ["[" * 2000, "[" * 500, "{a: " * 300, "- " * 2000, "x" * (1 << 17), "&a [*a]", "a: b: c"]
 )

@@ -352,6 +352,15 @@ def test_bytes_that_come_out_otherwise_are_said(sides):
     assert failures(out) == []
 
 
+@pytest.mark.parametrize("sessions", ["1e999", "null", "[]"])
+def test_a_manifest_of_an_unknown_past_is_refused(sides, sessions):
+    data = (sides[2] / MANIFEST).read_bytes()
+    unsealed = data[: data.index(b',\n  "seal"')].replace(b'"sessions": 1', f'"sessions": {sessions}'.encode())
+    (sides[2] / MANIFEST).write_bytes(sealed(unsealed + b"\n}\n"))
+    with pytest.raises(OutputError, match="parts of the manifest mean nothing"):
+        mend(sides)
+
+
 def test_another_version_is_a_warning(sides):
     out = sides[2]
     manifest = json.loads((out / MANIFEST).read_bytes())
