@@ -139,7 +139,8 @@ def repaired_text(summary: Summary) -> str:
     """`repaired 1 of 291 tensors: NAME in FILE`, and what else was written again."""
     damaged = summary.repaired or ()
     if not damaged:
-        return f"nothing to repair: every byte of {summary.out} is as it was written"
+        ending = "; the run is finished" if summary.written_bytes else ""
+        return f"nothing to repair: every byte of {summary.out} is as it was written{ending}"
     tensors = [f"{damage.name} in {damage.file}" for damage in damaged if damage.name != damage.file]
     others = [
         ("header of " if damage.file.endswith(".safetensors") else "") + damage.file

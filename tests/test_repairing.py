@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 from lox_stream import Cancelled, OptionError, Options, OutputError, ResumeError, extrapolate
 from lox_stream.cli import commands
+from lox_stream.cli_run import repaired_text
 from lox_stream.locating import locate
 from lox_stream.output_rules import JOURNAL, MANIFEST
 from lox_stream.resuming import Damage
+from lox_stream.sampling import choose_sample
 from lox_stream.sealing import opened, sealed
 from lox_stream.shards import read_shard
 from lox_stream.synthetic import pair_of
@@ -270,6 +272,38 @@ def test_a_repair_that_crashes_at_any_step_is_repaired_by_the_same_command(made,
     assert moment > 15
 
 
+def test_a_bit_in_each_file_is_repaired_at_once(sides):
+    out = sides[2]
+    whole = content(out)
+    for name in whole:
+        flip(out / name, 8 * (len(whole[name]) // 2))
+    assert {damage.file for damage in mend(sides).repaired} == whole.keys()
+    same_but_for_times(content(out), whole)
+
+
+def test_the_bytes_that_a_cut_file_lacks_are_counted(sides):
+    base, aligned, out = sides
+    size = (out / "config.json").stat().st_size
+    os.truncate(out / "config.json", size - 3)
+    (wrong,) = locate(out, base, aligned, failures(out))
+    assert (wrong.first_byte, wrong.n_bytes, wrong.found) == (size - 3, 3, None)
+
+
+def test_an_unfinished_run_without_damage_is_finished(made, tmp_path):
+    base, aligned, whole_out = made
+
+    def stop(progress):
+        if progress.done_tensors == progress.total_tensors - 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        extrapolate(base, aligned, tmp_path / "out", options=Options(rank=2), progress=stop)
+    summary = mend((base, aligned, tmp_path / "out"))
+    assert summary.repaired == ()
+    assert repaired_text(summary).endswith("is as it was written; the run is finished")
+    same_but_for_times(content(tmp_path / "out"), content(whole_out))
+
+
 def test_an_unfinished_run_is_repaired_and_finished(made, tmp_path):
     base, aligned, whole_out = made
     whole, out = content(whole_out), tmp_path / "out"
@@ -335,6 +369,7 @@ def test_an_output_from_before_seals_and_files_is_repaired_too(sides):
             del row["sample_xxh3_64"]
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     assert failures(out) == []
+    assert choose_sample(*reversed_sides(sides), count=1).units
     flip(shard_of(out), 8 * shard_of(out).stat().st_size - 1)
     assert len(mend(sides).repaired) == 1
     same_but_for_times(content(out), whole)
@@ -347,6 +382,8 @@ def test_bytes_that_come_out_otherwise_are_said(sides):
     del manifest["seal"]
     manifest["tensors"]["layers.1.weight"]["xxh3_128"] = "00" * 16
     (out / MANIFEST).write_bytes(sealed(json.dumps(manifest, indent=2).encode() + b"\n"))
+    (failed,) = [check for check in failures(out) if check.part == "tensor"]
+    flip(out / failed.file, 8 * failed.first_byte)
     assert list(locate(*reversed_sides(sides), failures(out))) == [], "no byte can be called wrong"
     assert any("other bytes than before: layers.1.weight" in warning for warning in mend(sides).warnings)
     assert failures(out) == []
@@ -446,6 +483,14 @@ def test_the_command_says_what_was_repaired_in_one_line(sides):
     document = json.loads(lox(*command, "--json", "--quiet").stdout)
     assert document["repaired"] == [{"name": info.name, "file": shard.name}]
     assert lox(*command, "--dry-run").exit_code == 2
+
+
+def test_several_bits_that_look_like_one_to_the_crc_are_not_put_right():
+    """A pattern that no CRC-32 sees, which is its polynomial, and a bit beside it."""
+    damaged = bytearray(sealed(json.dumps({"a": "x" * 100}, indent=2).encode() + b"\n"))
+    for bit in [8 * 20 + i for i in range(33) if 0x104C11DB7 >> (32 - i) & 1] + [8 * 40]:
+        damaged[bit // 8] ^= 1 << bit % 8
+    assert opened(bytes(damaged)).state == "broken"
 
 
 @given(document=st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text(), min_size=1), data=st.data())
