@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lox_stream.device import settled
@@ -20,6 +19,7 @@ from lox_stream.matching import Step, output_bytes
 from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
+from lox_stream.processing import InMemory
 from lox_stream.reader import TORCH_DTYPES
 from lox_stream.remarks import changed_bytes, changed_inputs, run_warnings
 from lox_stream.repairing import survey
@@ -188,19 +188,12 @@ class _Reporter:
             )
 
 
-class _Memory:
+class _Memory(InMemory):
     """A target that is a tensor of its own."""
 
     def __init__(self, step: Step) -> None:
+        super().__init__(output_bytes(step))
         self.shape, self.dtype = step.aligned.shape, TORCH_DTYPES.get(step.dtype or step.aligned.dtype)
-        self.data = torch.empty(output_bytes(step), dtype=torch.uint8)
-        self._view = self.data.numpy().data
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._view[offset : offset + data.nbytes] = data.cast("B")
-
-    def checksum(self) -> str:
-        return ""  # nobody reads it from a file again
 
     def tensor(self) -> Tensor:
         """In its own dtype and shape; plain bytes where torch has no such dtype."""

@@ -16,6 +16,7 @@ from lox_stream.matching import decide, glob_problems
 from lox_stream.names import matches, pattern_of
 from lox_stream.options import Options, Rule, check_options, options_for, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
+from lox_stream.scales import scale_names, scaled_weights
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
 _DEFAULTS = Options()
@@ -93,9 +94,14 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
     problems = glob_problems(checkpoint, options)
     if problems:
         raise OptionError("\n".join(problems))
-    schemes = quantised_tensors(checkpoint)
+    schemes, scaled = quantised_tensors(checkpoint), scaled_weights(checkpoint)
+    scales = scale_names(scaled)
     rows = tuple(
-        _row(tensor, shard.name, options, schemes.get(tensor.name), model_of(checkpoint, tensor.name).config)
+        _row(
+            *(tensor, shard.name, options, schemes.get(tensor.name), model_of(checkpoint, tensor.name).config),
+            fp8=tensor.name in scaled,
+            scales=tensor.name in scales,
+        )
         for shard in checkpoint.shards
         for tensor in shard.tensors
     )
@@ -158,15 +164,25 @@ def _unsplit(rows: Iterable[Row], options: Options) -> Iterator[str]:
             yield row.name
 
 
-def _row(tensor: TensorInfo, shard_name: str, options: Options, scheme: str | None, config: Mapping[str, Any]) -> Row:
-    reason: str = decide(tensor, options)
+def _row(
+    tensor: TensorInfo,
+    shard_name: str,
+    options: Options,
+    scheme: str | None,
+    config: Mapping[str, Any],
+    *,
+    fp8: bool,
+    scales: bool,
+) -> Row:
+    """`fp8`: a weight that can be computed with all the same; `scales`: those of one."""
+    reason: str = "scales" if scales else decide(tensor, options)
     action = "extrapolate" if reason == "matrix" else "copy"
     if scheme is not None and reason in ("matrix", "integer"):
         action, reason = "refuse", scheme
-    elif reason == "matrix" and tensor.dtype not in FLOATS:
+    elif reason == "matrix" and tensor.dtype not in FLOATS and not fp8:
         action, reason = "refuse", tensor.dtype
     parts: Parts = ()
-    if action == "extrapolate" and options_for(tensor.name, options).split_fused:
+    if action == "extrapolate" and options_for(tensor.name, options).split_fused and not fp8:
         parts = parts_of(tensor.name, *stack_of(tensor.name, tensor.shape, config)[1:], config)
     group = pattern_of(tensor.name)
     labels = tuple(part.label for part in parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
@@ -14,9 +14,11 @@ from lox_stream.names import listing, matches, near_misses, pattern_of, printabl
 from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
+from lox_stream.scales import Scaled, scale_names, scaled_weights
 from lox_stream.ties import says_tied, tied_names
 
-Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape"]
+Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales"]
+Facts = TypeVar("Facts")
 _MANY = 12  # problems of one kind beyond this many become one message
 
 
@@ -40,6 +42,8 @@ class Step:
     seed_name: str = ""  # seeds solver and rounding; for a tied copy the other's name, so that both get the same bytes
     parts: tuple[Part, ...] = ()  # of a fused projection that is split
     dtype: str = ""  # of the output; "": that of aligned
+    scaled: Scaled | None = None  # how aligned is, where it is of FP8
+    base_scaled: Scaled | None = None
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:
@@ -61,9 +65,11 @@ def decide(tensor: TensorInfo, options: Options) -> Reason:
 def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tuple[Step, ...], list[str], list[str]]:
     """Steps in the order of aligned's shards and offsets, all problems, and warnings; complete messages."""
     reasons = {tensor.name: decide(tensor, options) for shard in aligned.shards for tensor in shard.tensors}
+    scaled, base_scaled = scaled_weights(aligned), scaled_weights(base)
+    reasons |= dict.fromkeys(scale_names(scaled), "scales")
     pairs = pair(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"], options.rename)
     reasons |= _left_alone(aligned, pairs.partners, options)
-    steps = [_step(aligned, name, reason, pairs, options) for name, reason in reasons.items()]
+    steps = [_step(aligned, name, reason, pairs, options, scaled, base_scaled) for name, reason in reasons.items()]
     others = architecture_problems(base, aligned)
     problems = [*pairs.problems, *_tie_problems(aligned, pairs.partners)]
     if not pairs.across:  # what wraps another model has an architecture of its own
@@ -85,17 +91,29 @@ def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], 
     return found
 
 
-def _step(aligned: Checkpoint, name: str, reason: Reason, pairs: Pairs, options: Options) -> Step:
+def _step(
+    aligned: Checkpoint,
+    name: str,
+    reason: Reason,
+    pairs: Pairs,
+    options: Options,
+    scaled: Mapping[str, Scaled],
+    base_scaled: Mapping[str, Scaled],
+) -> Step:
     tensor, partner, seed_name = aligned.tensors[name], pairs.partners.get(name), pairs.leaders.get(name, name)
     if reason != "matrix":
-        return Step(name, tensor, None, "copy", reason, seed_name=seed_name)
+        return Step(name, tensor, None, "copy", reason, seed_name=seed_name, scaled=scaled.get(name))
     config = model_of(aligned, name).config
     count, m, n = stack_of(name, tensor.shape, config)
     if partner is not None and partner.shape != tensor.shape and overlapping(tensor.shape, partner.shape):
         count, m = 1, min(tensor.shape[0], partner.shape[0])
     own = options_for(seed_name, options)
-    parts = parts_of(name, m, n, config) if own.split_fused else ()
-    return Step(name, tensor, partner, "extrapolate", reason, own.rank, count, m, n, seed_name, parts)
+    parts = parts_of(name, m, n, config) if own.split_fused and name not in scaled else ()
+    return Step(
+        *(name, tensor, partner, "extrapolate", reason, own.rank, count, m, n, seed_name, parts),
+        scaled=scaled.get(name),
+        base_scaled=None if partner is None else base_scaled.get(partner.name),
+    )
 
 
 def _changes(options: Options) -> bool:
@@ -112,6 +130,7 @@ def _weight_problems(
 ) -> list[str]:
     """Quantised, missing, of another shape, of a dtype that cannot be computed with."""
     schemes, base_schemes = quantised_tensors(aligned), quantised_tensors(base)
+    scaled = {"aligned": scaled_weights(aligned), "base": scaled_weights(base)}
     used = [name for name, reason in reasons.items() if reason in ("matrix", "integer")]
     plain = [aligned.tensors[name] for name in pairs if name not in schemes and reasons[name] == "matrix"]
     missing = [tensor.name for tensor in plain if pairs[tensor.name] is None]
@@ -121,13 +140,25 @@ def _weight_problems(
         *quantisation_problems("base", base, base_schemes, base_schemes if missing else used_base),
         *_missing_problems(base, missing),
         *_shape_problems(plain, pairs, options.on_shape_mismatch == "overlap"),
-        *_dtype_problems(plain, pairs, base_schemes),
+        *_dtype_problems(plain, pairs, base_schemes, scaled),
     ]
 
 
 def covered(step: Step) -> int:
     """Of an extrapolated tensor's elements, those of its matrices; what lies behind them is copied."""
     return step.count * step.m * step.n
+
+
+def rescaled(step: Step) -> bool:
+    """Whether a weight of FP8 is written with fresh scales."""
+    return step.scaled is not None and step.action == "extrapolate" and not step.dtype
+
+
+def whole_pairs(steps: Iterable[Step], finished: Mapping[str, Facts]) -> dict[str, Facts]:
+    """What is finished, without weights of FP8 whose scales are not, and the other way about: both are made at once."""
+    pairs = [(step.name, step.scaled.scale.name) for step in steps if step.scaled and rescaled(step)]
+    halves = {name for pair in pairs for name in pair if not finished.keys() >= set(pair)}
+    return {name: facts for name, facts in finished.items() if name not in halves}
 
 
 def output_bytes(step: Step) -> int:
@@ -240,12 +271,17 @@ def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInf
 
 
 def _dtype_problems(
-    tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None], base_schemes: Mapping[str, str]
+    tensors: Iterable[TensorInfo],
+    pairs: Mapping[str, TensorInfo | None],
+    base_schemes: Mapping[str, str],
+    scaled: Mapping[str, Mapping[str, Scaled]],
 ) -> list[str]:
     problems: dict[str, None] = {}
     for tensor in tensors:
         for side, info in (("aligned", tensor), ("base", pairs[tensor.name])):
-            if info is not None and info.dtype not in FLOATS and not (side == "base" and info.name in base_schemes):
+            if info is None or info.dtype in FLOATS or info.name in scaled[side]:
+                continue
+            if side == "aligned" or info.name not in base_schemes:
                 pattern = pattern_of(printable(tensor.name))
                 problems[
                     f"{pattern}: dtype of {side} is {info.dtype}, expected F64, F32, F16 or BF16. "

@@ -9,11 +9,12 @@ from lox_stream.checkpoint import Checkpoint
 
 CONFIG = "config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers from 4.56 on, and before
+QUANTISED = ("quantization_config", "compression_config")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def config_for(model: Checkpoint, dtype: str) -> bytes | None:
-    """The model's config.json with its dtypes replaced, those of its parts too; None where it has none.
+    """The model's config.json with its dtypes replaced, those of its parts too, and not quantised; None without one.
 
     Loaders that are told nothing take the weights in the dtype that stands there.
     """
@@ -28,4 +29,5 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return {
         key: dtype if key in DTYPE_KEYS and value in FLOATS else _with_dtype(value, dtype)
         for key, value in config.items()
+        if key not in QUANTISED
     }

@@ -22,7 +22,7 @@ from lox_stream import costs
 from lox_stream.device import cards_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
-from lox_stream.matching import Step
+from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
 from lox_stream.planning import memory_needed
@@ -143,12 +143,20 @@ def compute(
 
 
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
-    """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of the file."""
+    """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of the file.
+
+    A weight of FP8 and its scales are a job of their own, in this order.
+    """
     jobs: list[list[int]] = []
     latest: dict[tuple[object, ...], int] = {}  # of a shape and rank: its job
     ends = list(itertools.accumulate(step.aligned.n_bytes for step in steps))
     span = min(SPAN_BYTES, options.memory_bytes // 16)
+    pairs = _pairs(steps)
     for index, step in enumerate(steps):
+        if index in pairs:
+            jobs.append([index, pairs[index]])
+        if index in pairs or index in pairs.values():
+            continue
         shape = step.count, step.m, step.n, step.rank, step.parts
         job = jobs[latest[shape]] if shape in latest else []
         if job and len(job) < _together(step, options) and ends[index] - ends[job[0]] <= span:
@@ -157,6 +165,12 @@ def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
             latest[shape] = len(jobs)
             jobs.append([index])
     return [tuple(job) for job in jobs]
+
+
+def _pairs(steps: Sequence[Step]) -> dict[int, int]:
+    """The index of the scales that are made anew with a weight, by the weight's."""
+    at = {step.name: index for index, step in enumerate(steps)}
+    return {at[step.name]: at[step.scaled.scale.name] for step in steps if step.scaled and rescaled(step)}
 
 
 def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:

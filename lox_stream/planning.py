@@ -71,7 +71,7 @@ def plan(
         problems.option += glob_problems(opened_aligned, options)
     if opened_base is not None and opened_aligned is not None and written is not None:
         steps, found, warnings = match(opened_base, opened_aligned, options)
-        steps = tuple(_as_written(step, written) for step in steps)
+        steps = tuple(_as_written(step, written) for step in steps if step.name in written.tensors)
         problems.input += [*_same_problems(opened_base, opened_aligned), *found]
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
@@ -103,7 +103,23 @@ def memory_needed(step: Step, options: Options) -> int:
     """
     if step.action == "copy":
         return 0
-    return max(_memory_for(part, step, options) for part in parts_of_each(step))
+    return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step)
+
+
+def _wide_bytes(step: Step) -> int:
+    """Of weights of FP8: each side in float32, and where the output is of FP8 too the result."""
+    sides = (step.scaled is not None) * (1 if step.dtype else 2) + (step.base_scaled is not None)
+    return sides * step.m * step.n * DTYPE_BYTES["F32"]
+
+
+def _sizes(step: Step) -> tuple[int, int]:
+    """Bytes of an element of either side, as it is computed with."""
+    assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    wide = DTYPE_BYTES["F32"]
+    return (
+        wide if step.scaled else DTYPE_BYTES[step.aligned.dtype],
+        wide if step.base_scaled else DTYPE_BYTES[step.base.dtype],
+    )
 
 
 def _memory_for(part: Part, step: Step, options: Options) -> int:
@@ -134,7 +150,7 @@ def _card_memory_for(part: Part, step: Step, svd: str, blocks: bool) -> int:
         return 0
     if not costs.goes_on_card(part.m, part.n, step.rank, svd):
         return 0
-    sizes = DTYPE_BYTES[step.aligned.dtype], DTYPE_BYTES[step.base.dtype]
+    sizes = _sizes(step)
     rows = costs.part_rows(part.m, part.n) if blocks else 0
     return costs.bytes_on_card(part.m, part.n, step.rank, sizes, rows)
 

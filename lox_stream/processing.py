@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Protocol
 
@@ -13,19 +14,21 @@ import torch
 import xxhash
 from torch import Tensor
 
+from lox_stream import fp8
 from lox_stream.assembling import Assembly
-from lox_stream.checkpoint import DTYPE_BYTES
+from lox_stream.checkpoint import DTYPE_BYTES, TensorInfo
 from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
-from lox_stream.matching import Step, covered, output_bytes
+from lox_stream.matching import Step, covered, output_bytes, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
 from lox_stream.regions import Region, regions_of
+from lox_stream.scales import Scaled
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
 COPY_BYTES = 1 << 20
@@ -41,6 +44,20 @@ class Target(Protocol):
     def checksum(self) -> str: ...
 
 
+class InMemory:
+    """A target in memory."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.data = torch.empty(n_bytes, dtype=torch.uint8)
+        self._view = self.data.numpy().data
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._view[offset : offset + data.nbytes] = data.cast("B")
+
+    def checksum(self) -> str:
+        return ""  # nobody reads it from a file again
+
+
 def process(
     steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run, cards: Cards | None = None
 ) -> list[tuple[TensorFacts, Target]]:
@@ -50,6 +67,8 @@ def process(
     unless `options.on_nonfinite` is "copy".
     """
     started = time.perf_counter()
+    if rescaled(steps[0]):
+        return _rescale(steps[0], steps[1], place, options, run, cards)
     targets = [place(step) for step in steps]
     outcomes: list[Outcome] = [()] * len(steps)
     told: list[list[str]] = [[] for _ in steps]
@@ -65,6 +84,44 @@ def process(
         elapsed_s = (time.perf_counter() - started) / len(steps)
         finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
     return finished
+
+
+def _rescale(
+    weight: Step, scales: Step, place: Callable[[Step], Target], options: Options, run: Run, cards: Cards | None
+) -> list[tuple[TensorFacts, Target]]:
+    """A weight of FP8 and its scales, both made anew; copied where nothing changes."""
+    started = time.perf_counter()
+    made, told = InMemory(weight.m * weight.n * torch.float32.itemsize), list[str]()
+    (outcome,) = _extrapolate([weight], [made], options, run, cards, [told])
+    targets = [place(weight), place(scales)]
+    if isinstance(outcome, NotFinite) or all(matrix.method == "zero" for matrix in outcome):
+        for step, target in zip((weight, scales), targets, strict=True):
+            _copy_from(0, step, target, run)
+        rescaling = _facts(scales, (), (), targets[1].checksum(), 0.0)
+    else:
+        retention = _quantise(weight, made.data.view(torch.float32).view(weight.m, weight.n), targets, options, run)
+        outcome = tuple(replace(matrix, retention=retention) for matrix in outcome)
+        rescaling = replace(_facts(scales, (), (), targets[1].checksum(), 0.0), action="rescale")
+    elapsed_s = time.perf_counter() - started
+    return [(_facts(weight, outcome, told, targets[0].checksum(), elapsed_s), targets[0]), (rescaling, targets[1])]
+
+
+def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Options, run: Run) -> float | None:
+    """Write FP8 numbers and fresh scales of a float32 result; the share of the update that is left in them."""
+    assert step.scaled is not None, "it is of FP8"
+    own = options_for(step.seed_name or step.name, options)
+    key = key_of(own.seed, step.seed_name or step.name) if own.rounding == "stochastic" else None
+    dtype, blocks = TORCH_DTYPES[step.aligned.dtype], step.scaled.blocks
+    scale = fp8.fresh_scales(total, dtype, blocks, fp8.scales_of(step.scaled), run)
+    q = torch.empty(total.shape, dtype=dtype)
+    fp8.quantise(total, scale, blocks, q, key, run)
+    _copy(as_bytes(q), targets[0], 0, run)
+    targets[1].write(0, as_bytes(scale))
+    before = fp8.opened(step.aligned, step.scaled, run)
+    update = total.sub_(before).view(-1)
+    left = fp8.dequantised(q, scale, blocks, run).sub_(before).view(-1)
+    square = float(torch.dot(update, update))
+    return float(torch.dot(left, update)) / square if square > 0 else None
 
 
 def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, elapsed_s: float) -> TensorFacts:
@@ -109,7 +166,7 @@ def _extrapolate(
     outcomes: list[Outcome] = [()] * len(steps)
     with contextlib.ExitStack() as maps:
         sources = [
-            _source(step, target, options, maps, notices)
+            _source(step, target, options, run, maps, notices)
             for step, target, notices in zip(steps, targets, told, strict=True)
         ]
         for some in _batches(steps, options):
@@ -174,13 +231,15 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
 
 
 def _source(
-    step: Step, target: Target, options: Options, maps: contextlib.ExitStack, told: list[str]
+    step: Step, target: Target, options: Options, run: Run, maps: contextlib.ExitStack, told: list[str]
 ) -> Callable[[Region], Matrix]:
     """Makes the matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    aligned, base = maps.enter_context(mapped(step.aligned)), maps.enter_context(mapped(step.base))
-    base_dtype, assembly = step.base.dtype, Assembly(target)
+    aligned, dtype = _numbers(step.aligned, step.scaled, run, maps)
+    base, base_dtype = _numbers(step.base, step.base_scaled, run, maps)
+    assembly = Assembly(target)
     rounded_to = TORCH_DTYPES[step.dtype] if step.dtype else None
+    judged_as = torch.bfloat16 if rescaled(step) else None  # finer than FP8
 
     def tell(notice: str) -> None:
         told.append(f"{step.name}: {notice}")
@@ -192,10 +251,17 @@ def _source(
             else:
                 assembly.add(region, first, tile)
 
-        w1, w0 = matrix_at(aligned, step.aligned.dtype, region), matrix_at(base, base_dtype, region)
-        return Matrix(w1, w0, _setting(step, options, region), emit, tell, rounded_to)
+        w1, w0 = matrix_at(aligned, dtype, region), matrix_at(base, base_dtype, region)
+        return Matrix(w1, w0, _setting(step, options, region), emit, tell, rounded_to, judged_as)
 
     return matrix
+
+
+def _numbers(info: TensorInfo, scaled: Scaled | None, run: Run, maps: contextlib.ExitStack) -> tuple[memoryview, str]:
+    """A weight's bytes where they lie, or of FP8 in float32, and the dtype."""
+    if scaled is not None:
+        return as_bytes(fp8.opened(info, scaled, run)), "F32"
+    return maps.enter_context(mapped(info)), info.dtype
 
 
 def _setting(step: Step, options: Options, region: Region) -> Setting:
@@ -213,13 +279,13 @@ def _setting(step: Step, options: Options, region: Region) -> Setting:
 
 def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
     """The tensor from its element `first` on, in the dtype of the output."""
-    with mapped(step.aligned) as data:
+    with contextlib.ExitStack() as maps:
         if step.dtype:
-            weight = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
-            _convert(weight, first, step, target, run)
+            data, dtype = _numbers(step.aligned, step.scaled, run, maps)
+            _convert(torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]), first, step, target, run)
         else:
             first_byte = first * DTYPE_BYTES[step.aligned.dtype] if first else 0
-            _copy(data[first_byte:], target, first_byte, run)
+            _copy(maps.enter_context(mapped(step.aligned))[first_byte:], target, first_byte, run)
 
 
 def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, models_in
 from lox_stream.names import listing, pattern_of, printable
+from lox_stream.scales import scaled_weights
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # what can be extrapolated
 INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
@@ -28,12 +29,16 @@ _PACKED = (
 
 
 def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """The scheme of each tensor that is quantised, or a scale of one: `{"mlp.up.qweight": "GPTQ or AWQ", ...}`."""
+    """The scheme of each tensor that is quantised, or a scale of one: `{"mlp.up.qweight": "GPTQ or AWQ", ...}`.
+
+    Those that can be computed with (`scaled_weights`) are not among them.
+    """
     tensors = checkpoint.tensors
+    known = scaled_weights(checkpoint)
     schemes: dict[str, str] = {}
     for tensor in tensors.values():
         scheme, partners = _scheme(tensor, tensors)
-        if scheme is not None:
+        if scheme is not None and tensor.name not in known:
             for name in (tensor.name, *partners):
                 schemes.setdefault(name, scheme)
     return schemes
@@ -68,7 +73,7 @@ def quantisation_problems(
         )
     for model in models_in(checkpoint):
         method = quantisation_method(model.config)
-        if method is not None and not schemes.keys() & model.tensors.keys():
+        if method is not None and not {*schemes, *scaled_weights(model)} & model.tensors.keys():
             problems.append(
                 f"{side}: {printable(model.folder / 'config.json')} says that the model is quantised "
                 f"({printable(method)}), expected plain weights. De-quantise the checkpoint first; "

@@ -48,8 +48,13 @@ TORCH_DTYPES = {
 
 def matrix_at(data: memoryview, dtype: str, region: Region) -> Tensor:
     """The (m, n) matrix of a float tensor's bytes: a view where it lies in one piece, else a copy."""
-    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype], count=region.start + region.span)
-    return grouped(flat[region.start :], region).reshape(region.m, region.n)
+    return matrix_of(torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]), region)
+
+
+def matrix_of(flat: Tensor, region: Region) -> Tensor:
+    """The same, out of the tensor's elements."""
+    whole = flat[region.start : region.start + region.span]
+    return grouped(whole, region).reshape(region.m, region.n)
 
 
 def grouped(whole: Tensor, region: Region) -> Tensor:

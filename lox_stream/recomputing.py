@@ -8,6 +8,7 @@ For float32 and float64, where nearly every element moves by an ulp, the update 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import time
@@ -18,17 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lox_stream import fp8
+from lox_stream.checkpoint import TensorInfo
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
 from lox_stream.options import Options, options_for
-from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
+from lox_stream.reader import TORCH_DTYPES, mapped, matrix_of
 from lox_stream.sampling import Sample, Unit
+from lox_stream.scales import Scaled
 from lox_stream.workers import Workers
 
 SLACK = 0.002  # of the elements, and twice the predicted share
 PIECE_ELEMENTS = 1 << 20
 WIDE_SLACK = 1e-4  # of |update|, for float32 and float64: ten times what the solver aims at
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+BITS |= {torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +133,8 @@ def _compare_copy(unit: Unit) -> _Seen:
 def _compare_converted(unit: Unit) -> _Seen:
     """A tensor that was rounded to another dtype and no more."""
     same = 0
-    with mapped(unit.step.aligned) as aligned, mapped(unit.out) as written:
-        weight = torch.frombuffer(aligned, dtype=TORCH_DTYPES[unit.step.aligned.dtype])
-        out = torch.frombuffer(written, dtype=TORCH_DTYPES[unit.out.dtype])
+    with contextlib.ExitStack() as maps:
+        weight, out = _flat(unit.step.aligned, unit.step.scaled, maps), _flat(unit.out, None, maps)
         for first in range(0, out.numel(), PIECE_ELEMENTS):
             piece = slice(first, first + PIECE_ELEMENTS)
             right = rounded_once(weight[piece].double(), out.dtype)
@@ -138,36 +142,57 @@ def _compare_converted(unit: Unit) -> _Seen:
         return _Seen(out.numel(), same, same == out.numel())
 
 
+def _flat(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack) -> Tensor:
+    """A tensor's elements where they lie, or of FP8 in float32."""
+    if scaled is not None:
+        return fp8.opened(info, scaled).view(-1)
+    return torch.frombuffer(maps.enter_context(mapped(info)), dtype=TORCH_DTYPES[info.dtype])
+
+
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     step, region = unit.step, unit.region
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     assert region is not None, "what has none is a copy"
     options = options_for(step.seed_name or step.name, options)
-    with mapped(step.aligned) as aligned, mapped(step.base) as base, mapped(unit.out) as written:
-        w1 = matrix_at(aligned, step.aligned.dtype, region).clone()
-        w0 = matrix_at(base, step.base.dtype, region).clone()
-        out = matrix_at(written, unit.out.dtype, region).clone()
+    with contextlib.ExitStack() as maps:
+        w1 = matrix_of(_flat(step.aligned, step.scaled, maps), region).clone()
+        w0 = matrix_of(_flat(step.base, step.base_scaled, maps), region).clone()
+        out = matrix_of(_flat(unit.out, unit.out_scaled, maps), region).clone()
     exact = recomputed(w1, w0, step.rank, options.alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
-    right = rounded_once(exact.total, out.dtype, key, region.words)
-    same = int((right.view(BITS[out.dtype]) == out.view(BITS[out.dtype])).sum())
+    if unit.out_scaled is None:
+        right, found, eps = rounded_once(exact.total, out.dtype, key, region.words), out, torch.finfo(out.dtype).eps
+    else:
+        right, found = _quantised(exact.total, unit.out, unit.out_scaled, key)
+        eps = torch.finfo(found.dtype).eps
+    same = int((right.view(BITS[right.dtype]) == found.view(BITS[found.dtype])).sum())
     done, norm = out.double() - w1.double(), float(exact.update.norm())
     error = float((done - exact.update).norm()) / norm if norm else None
     if not unit.unique:  # any of many parts is right, so what counts is how much of delta it leaves
-        ok = float((done - options.alpha * (w1.double() - w0.double())).norm()) <= (1 + 1e-4) * exact.rest + _grid(out)
-    elif out.dtype in (torch.bfloat16, torch.float16):
+        rest = float((done - options.alpha * (w1.double() - w0.double())).norm())
+        ok = rest <= (1 + 1e-4) * exact.rest + _grid(out, eps)
+    elif found.dtype not in (torch.float32, torch.float64):
         ok = w1.numel() - same <= w1.numel() * (2 * (unit.predicted_share or 0.0) + SLACK) + 1
     else:
-        eps = torch.finfo(out.dtype).eps
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
 
 
-def _grid(out: Tensor) -> float:
+def _quantised(total: Tensor, info: TensorInfo, scaled: Scaled, key: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """The FP8 numbers that the exact result has with fresh scales, and those of the output."""
+    dtype, blocks = TORCH_DTYPES[info.dtype], scaled.blocks
+    right = torch.empty(total.shape, dtype=dtype)
+    fp8.quantise(
+        total.float(), fp8.fresh_scales(total.float(), dtype, blocks, fp8.scales_of(scaled)), blocks, right, key
+    )
+    with mapped(info) as data:
+        return right, torch.frombuffer(data, dtype=dtype).view(total.shape).clone()
+
+
+def _grid(out: Tensor, eps: float) -> float:
     """|ulp|_F: the most that rounding can have moved the matrix."""
-    finfo = torch.finfo(out.dtype)
-    _, exponent = torch.frexp(out.double().abs().clamp(min=finfo.tiny))
-    return float(torch.ldexp(torch.full_like(out, finfo.eps, dtype=torch.float64), exponent - 1).norm())
+    _, exponent = torch.frexp(out.double().abs().clamp(min=torch.finfo(out.dtype).tiny))
+    return float(torch.ldexp(torch.full_like(out, eps, dtype=torch.float64), exponent - 1).norm())
 
 
 def recomputed(w1: Tensor, w0: Tensor, rank: int, alpha: float) -> Exact:

@@ -16,6 +16,7 @@ from lox_stream.facts import TensorFacts
 from lox_stream.files import partial
 from lox_stream.journal import Replay, byte_options, identity, tensor_facts
 from lox_stream.manifest import read_manifest
+from lox_stream.matching import whole_pairs
 from lox_stream.names import printable
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
@@ -47,17 +48,19 @@ def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
         damaged += _beside(plan.out, found, seen)
     known = {name: facts for name, facts in state.finished.items() if name in plan.written.tensors}
     right: dict[str, TensorFacts] = {}
-    whole = set()
+    sound = []
     for shard in plan.written.shards:
         failed = _damage(plan.out, shard, known, seen)
         lost = {damage.name for damage in failed}
         damaged += failed
         right |= {info.name: known[info.name] for info in shard.tensors if info.name in known.keys() - lost}
         if not failed and not partial(plan.out / shard.name).exists() and all(t.name in known for t in shard.tensors):
-            whole.add(shard.name)
+            sound.append(shard)
+    right = whole_pairs(plan.steps, right)
+    whole = frozenset(shard.name for shard in sound if all(info.name in right for info in shard.tensors))
     sums = {damage.name: known[damage.name].checksum for damage in damaged if damage.name in known}
     now = Replay(identity(plan), state.sessions, right)
-    return Survey(now, frozenset(whole), tuple(damaged), sums, complete, tuple(warnings))
+    return Survey(now, whole, tuple(damaged), sums, complete, tuple(warnings))
 
 
 def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: Seen) -> list[Damage]:

@@ -15,6 +15,7 @@ from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorInfo, mo
 from lox_stream.kinds import kind_of
 from lox_stream.layout import INDEX_SUFFIX
 from lox_stream.quantisation import FLOATS
+from lox_stream.scales import scale_names, scaled_weights
 from lox_stream.shards import header_of
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # that the output may be asked to have
@@ -24,16 +25,20 @@ ENDING = ".safetensors"
 def output_dtypes(aligned: Checkpoint, dtype: str) -> dict[str, str]:
     """The dtype of each tensor of the output, where `dtype` is asked for, or "same".
 
-    Of floats, but not of vectors that are wider than every matrix: these are so on purpose (biases of a router).
+    Of floats, but not of vectors that are wider than every matrix: these are so on purpose (biases of a router). Scales
+    of FP8 are not written where the weights are no longer FP8.
     """
     found = {name: info.dtype for name, info in aligned.tensors.items()}
     if dtype == "same":
         return found
-    floats = {name: info for name, info in aligned.tensors.items() if info.dtype in FLOATS}
+    scaled = scaled_weights(aligned)
+    scales = scale_names(scaled)
+    found = {name: dtype for name, dtype in found.items() if name not in scales}
+    floats = {name: info for name, info in aligned.tensors.items() if name in found and info.dtype in FLOATS}
     matrices = {name for name, info in floats.items() if kind_of(name, info.shape) == "matrix"}
     widest = max((DTYPE_BYTES[found[name]] for name in matrices), default=DTYPE_BYTES["F64"])
     asked = {name for name, info in floats.items() if name in matrices or DTYPE_BYTES[info.dtype] <= widest}
-    return found | dict.fromkeys(asked, DTYPES[dtype])
+    return found | dict.fromkeys([*asked, *scaled], DTYPES[dtype])
 
 
 def rewritten(aligned: Checkpoint, dtypes: Mapping[str, str], max_shard_bytes: int) -> Checkpoint:

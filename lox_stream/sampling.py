@@ -20,6 +20,7 @@ from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
 from lox_stream.regions import Region, matrix_count, regions_of
+from lox_stream.scales import Scaled, scaled_weights
 from lox_stream.verifying import folder_of
 
 COPY_BPS = 1e9
@@ -35,6 +36,7 @@ class Unit:
     region: Region | None  # None: copied
     predicted_share: float | None  # of elements that differ from the exact result, as the manifest says
     unique: bool  # whether the rank-k part is
+    out_scaled: Scaled | None = None  # of an output of FP8
 
     @property
     def copied(self) -> bool:
@@ -142,17 +144,20 @@ def agree(said: Any, found: Any) -> bool:
 
 
 def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:
+    scaled = scaled_weights(out)
     for step in made.steps:
         row, written = rows.get(step.name), out.tensors.get(step.name)
         if not isinstance(row, dict) or written is None or written.n_bytes != output_bytes(step):
             raise OutputError(f"{folder}: {printable(step.name)}: manifest, output and aligned do not agree. {AGAIN}")
+        if row.get("action") == "rescale":
+            continue
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
         if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != matrix_count(step):
             yield Unit(step, written, None, None, True)
             continue
         for region, matrix in zip(regions_of(step), facts, strict=True):
             share = matrix.get("predicted_share")
-            yield Unit(step, written, region, share, matrix.get("unique") is not False)
+            yield Unit(step, written, region, share, matrix.get("unique") is not False, scaled.get(step.name))
 
 
 def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:

@@ -103,11 +103,17 @@ class Matrix:
     emit: Emit
     tell: Callable[[str], None] = lambda notice: None  # a person, of something that went otherwise than planned
     rounded_to: torch.dtype | None = None  # what the tiles are; None: the dtype of W1
+    judged_as: torch.dtype | None = None  # the grid that the accuracy is for; None: that of the tiles
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the tiles."""
         return self.w1.dtype if self.rounded_to is None else self.rounded_to
+
+    @property
+    def grid(self) -> torch.dtype:
+        """That decides how accurate the rank-k part has to be."""
+        return self.dtype if self.judged_as is None else self.judged_as
 
 
 def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run: Run) -> MatrixFacts:
@@ -155,7 +161,7 @@ def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | N
 
 def begin_away(matrix: Matrix, run: Run) -> MatrixFacts | Sample:
     """Of a matrix that is to be solved on a GPU: its facts where delta is zero, else what the solver has to know."""
-    sample = Sample(matrix.w1, matrix.w0, matrix.dtype)
+    sample = Sample(matrix.w1, matrix.w0, matrix.grid)
     identical = not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run)
     return _zero(sample) if identical else sample
 
@@ -181,7 +187,7 @@ class _Unsolved:
 
 def _enough(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> bool:
     """Whether the output would be within the tolerance, with such norms of the error and of the rank-k part."""
-    if matrix.dtype not in ROUNDED:
+    if matrix.grid not in ROUNDED:
         return error <= WIDE_TOLERANCE * part
     if error > RELATIVE_CAP * part:
         return False
@@ -212,7 +218,7 @@ class Solved:
     @property
     def predicted_share(self) -> float | None:
         """Of output elements that differ from the exact result; None for wide outputs."""
-        if self.matrix.dtype not in ROUNDED:
+        if self.matrix.grid not in ROUNDED:
             return None
         return _share(self.matrix, self.sample, self.scale, self.found.error, self.part)
 
@@ -220,7 +226,7 @@ class Solved:
 def _begin(matrix: Matrix, run: Run, room: Tensor | None) -> MatrixFacts | NotFinite | Solved | _Unsolved:
     """What is done at once, or the operator to solve."""
     w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
-    sample = Sample(w1, w0, matrix.dtype)
+    sample = Sample(w1, w0, matrix.grid)
     try:
         if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
             return _zero(sample)
@@ -244,7 +250,7 @@ def _exactly(matrix: Matrix, sample: Sample, scale: float) -> Solved:
 def _by_gram(matrix: Matrix, sample: Sample, delta: KeptDelta) -> Solved:
     """By the Gram matrix: in float32 where that leaves a 16-bit output within the tolerance, else in float64."""
     rank, scale = matrix.setting.rank, delta.scale
-    if matrix.dtype in ROUNDED:
+    if matrix.grid in ROUNDED:
         quick = _judged(Solved(matrix, sample, gram_svd(delta.dense, rank), scale, "gram"))
         if quick.found.converged and quick.found.unique:
             return quick

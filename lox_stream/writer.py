@@ -20,6 +20,7 @@ from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import Journal, Replay, identity, replay, session
+from lox_stream.matching import whole_pairs
 from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import GO_ON, Place
@@ -127,9 +128,13 @@ class Output:
             self._check_fresh()
             return Replay(new, (), {})
         self.warnings += warned
-        lost = [shard for shard in self.plan.written.shards if not self._kept(shard, state.finished)]
-        gone = {tensor.name for shard in lost for tensor in shard.tensors}
-        kept = {name: facts for name, facts in state.finished.items() if name in self._shard_of.keys() - gone}
+        kept, before = state.finished, None
+        while kept != before:  # what is lost in one shard may belong to something in another
+            before, self._renamed = kept, set()
+            lost = [shard for shard in self.plan.written.shards if not self._kept(shard, before)]
+            gone = {tensor.name for shard in lost for tensor in shard.tensors}
+            kept = {name: facts for name, facts in before.items() if name in self._shard_of.keys() - gone}
+            kept = whole_pairs(self.plan.steps, kept)
         return Replay(state.header | {"options": new["options"]}, state.sessions, kept)
 
     def _kept(self, shard: Shard, finished: Mapping[str, TensorFacts]) -> bool:

@@ -66,7 +66,7 @@ def test_a_head_that_is_not_stored_is_named_as_tied_where_the_config_says_so(tmp
 
 
 def test_quantised_and_unknown_weights_are_shown_as_refused_and_not_as_an_error(tmp_path):
-    tensors = {"x.weight": ([4, 4], "F8_E4M3"), "x.weight_scale_inv": ([1, 1], "F32"), "c": ([2, 2], "C64")}
+    tensors = {"x.weight": ([4, 4], "F8_E4M3"), "x.weight_scale_inv": ([3, 3], "F32"), "c": ([2, 2], "C64")}
     config = {"quantization_config": {"quant_method": "fp8"}}
     inspection = inspect_checkpoint(save(tmp_path / "m", config, tensors))
     assert {row.name: (row.action, row.reason) for row in inspection.rows} == {

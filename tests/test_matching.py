@@ -300,7 +300,7 @@ def test_ties_are_not_assumed_between_stored_names_without_the_config(opened):
 
 
 QUANTISED: dict[str, tuple[Tensors, set[str]]] = {
-    "F8_E4M3": ({"x.weight": ([4, 4], "F8_E4M3"), "x.weight_scale_inv": ([1, 1], "F32")}, {"x.weight_scale_inv"}),
+    "F8_E4M3": ({"x.weight": ([4, 4], "F8_E4M3"), "x.weight_scale_inv": ([3, 3], "F32")}, {"x.weight_scale_inv"}),
     "F4": ({"x.weight": ([4, 4], "F4")}, set()),
     "GPTQ": (
         {

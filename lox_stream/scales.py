@@ -1,0 +1,93 @@
+"""Weights of FP8 and the scales beside them: W = q * scale, one scale for a block of the matrix, a row, or all of it.
+
+Conventions differ in names and block sizes alone: DeepSeek's `weight_scale_inv` for blocks of 128 x 128 (a factor, for
+all its name), and `weight_scale` of compressed-tensors, fbgemm and ModelOpt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of
+
+WEIGHTS = ("F8_E4M3", "F8_E5M2")
+SCALES = ("F32", "BF16", "F16")
+SUFFIXES = ("_scale_inv", "_scale")  # of a scale's name, behind its weight's
+BLOCK = (128, 128)  # where a config does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of an (m, n) matrix that share a scale: `rows` x `columns` each, at the edges what is left."""
+
+    rows: int
+    columns: int
+
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """How many there are, down and across."""
+        return -(-m // self.rows), -(-n // self.columns)
+
+
+def blocks_of(shape: tuple[int, int], scale_shape: tuple[int, ...], config: Mapping[str, Any]) -> Blocks | None:
+    """The blocks of a weight with scales of such a shape; None where the two do not go together.
+
+    >>> blocks_of((256, 300), (2, 3), {}), blocks_of((256, 300), (256, 1), {}), blocks_of((256, 300), (), {})
+    (Blocks(rows=128, columns=128), Blocks(rows=1, columns=300), Blocks(rows=256, columns=300))
+    """
+    m, n = shape
+    if math.prod(scale_shape) == 1:
+        return Blocks(m, n)
+    if scale_shape in ((m,), (m, 1)):
+        return Blocks(1, n)
+    blocks = Blocks(*_block_size(config))
+    return blocks if scale_shape == blocks.grid(m, n) else None
+
+
+def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """What config.json says: `weight_block_size`, or `block_structure` of a group of compressed-tensors."""
+    said = config.get("quantization_config") or config.get("compression_config")
+    said = said if isinstance(said, Mapping) else {}
+    groups = said.get("config_groups")
+    schemes = [group.get("weights") for group in _mappings(groups)]
+    for size in (said.get("weight_block_size"), *(scheme.get("block_structure") for scheme in _mappings(schemes))):
+        if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+            return size[0], size[1]
+    return BLOCK
+
+
+def _mappings(values: Any) -> list[Mapping[str, Any]]:
+    """Those of a dictionary's values, or of a list's, that are dictionaries."""
+    found = values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ()
+    return [value for value in found if isinstance(value, Mapping)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """How a weight of FP8 is scaled."""
+
+    scale: TensorInfo
+    blocks: Blocks
+
+
+def scaled_weights(checkpoint: Checkpoint) -> dict[str, Scaled]:
+    """The matrices of FP8 that can be computed with, by name: those with one scale of a shape that says its blocks."""
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        if info.dtype not in WEIGHTS or len(info.shape) != 2 or not math.prod(info.shape):
+            continue
+        beside = [checkpoint.tensors[name + end] for end in SUFFIXES if name + end in checkpoint.tensors]
+        if len(beside) != 1 or beside[0].dtype not in SCALES:
+            continue
+        config = model_of(checkpoint, name).config
+        blocks = blocks_of((info.shape[0], info.shape[1]), beside[0].shape, config)
+        if blocks is not None:
+            found[name] = Scaled(beside[0], blocks)
+    return found
+
+
+def scale_names(scaled: Mapping[str, Scaled]) -> set[str]:
+    """The names of the scales."""
+    return {one.scale.name for one in scaled.values()}
