@@ -35,6 +35,15 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def test_every_dependency_is_justified():
+    project = PROJECT["project"]
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Dependencies")[1].split("\n## ")[0]
+    firsts = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    justified = {name for cell in firsts for name in re.findall(r"`([\w-]+)`", cell.split("(")[0])}
+    assert justified == {re.match(r"[\w-]+", line)[0] for line in asked}
+
+
 def test_the_version_is_the_same_everywhere():
     version = lox_stream.__version__
     assert PROJECT["project"]["version"] == version
