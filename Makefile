@@ -21,8 +21,8 @@ demo: $(VENV)/ready ## make a small pair of checkpoints, extrapolate it, show wh
 test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 	$(BIN)/pytest
 
-compat: .venv-compat/ready ## models of 60 architectures, saved by transformers and diffusers, extrapolated and loaded again
-	.venv-compat/bin/pytest -m compat tests/test_architectures.py
+compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
+	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py
 
 torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
 	$(BIN)/pytest -m torture
@@ -83,10 +83,10 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
-	@echo "make: installing transformers and diffusers into .venv-compat"
+	@echo "make: installing transformers, diffusers and peft into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
 	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers pytest
+	  torch transformers diffusers peft pytest
 	@touch $@
 
 include examples/real_pair/real.mk

@@ -34,6 +34,11 @@ def choose(plan: Plan, globs: Sequence[str], per_shape: int, seed: int) -> list[
 
     Raises OptionError for a glob that matches none of them.
     """
+    if plan.aligned.overlay is not None:
+        raise OptionError(
+            "--aligned is a LoRA adapter, whose difference is two thin factors: expected a whole model, for there is "
+            "nothing to solve. Merge it first to compare solvers on it"
+        )
     steps = [step for step in plan.steps if step.action == "extrapolate"]
     names = [step.name for step in steps]
     for glob in unmatched(globs, names):

@@ -20,6 +20,15 @@ PIPELINE_INDEX = "model_index.json"  # of a folder of diffusers, whose component
 
 
 @dataclass(frozen=True, slots=True)
+class Overlay:
+    """An adapter that lies over a whole model: what is read from its folder, and the files that it brings."""
+
+    folder: Path
+    files: tuple[Shard, ...]  # its config, all header, and its weights
+    companions: tuple[Path, ...]  # relative; they take the place of the model's
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A folder of safetensors shards, or one file, as found when it was opened.
 
@@ -38,6 +47,18 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()  # complete messages
     components: tuple[Checkpoint, ...] = ()  # of a pipeline
     prefix: str = ""  # of a component's names: "transformer/"
+    overlay: Overlay | None = None  # then the rest is the layout of the model that it lies over
+
+
+def files_of(checkpoint: Checkpoint) -> tuple[Shard, ...]:
+    """The files that make a checkpoint this one and no other: its shards, or an adapter's own files."""
+    return checkpoint.shards if checkpoint.overlay is None else checkpoint.overlay.files
+
+
+def companion_path(checkpoint: Checkpoint, relative: Path) -> Path:
+    """Where a companion lies."""
+    overlay = checkpoint.overlay
+    return (overlay.folder if overlay and relative in overlay.companions else checkpoint.folder) / relative
 
 
 def models_in(checkpoint: Checkpoint) -> tuple[Checkpoint, ...]:

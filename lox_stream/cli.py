@@ -95,7 +95,9 @@ def commands() -> None:
 
 @commands.command("run")
 @click.option("--base", type=FOLDER, required=True, metavar="DIR", help="The model before alignment.")
-@click.option("--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment.")
+@click.option(
+    "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment, or its LoRA adapter."
+)
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the result, new or empty.")
 @click.option(
     "--rank",

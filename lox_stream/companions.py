@@ -57,11 +57,10 @@ def find_companions(folder: Path, weights: Collection[str]) -> Companions:
     return Companions(tuple(sorted(files)), tuple(sorted(other_weights)), tuple(sorted(left_out_links)))
 
 
-def companion_problems(folder: Path, files: Collection[Path]) -> list[str]:
+def companion_problems(files: Collection[Path]) -> list[str]:
     """The files that could not be copied as they should: no permission, a link to nowhere, a git-lfs pointer."""
     problems = []
-    for relative in files:
-        path = folder / relative
+    for path in files:
         try:
             with path.open("rb") as file:
                 head = file.read(32)

@@ -114,6 +114,12 @@ def step_bytes(m: int, n: int, rank: int, svd: str) -> int:
     return solver_bytes(m, n, rank) + (4 * m * n if kept(m, n) else 0)
 
 
+def factors_bytes(m: int, n: int, rank: int) -> int:
+    """Most bytes of a change by factors (m, r) and (r, n): these, their orthonormal factors, LAPACK's copies and the
+    singular vectors in float64, the last in float32 too; and small matrices."""
+    return (m + n) * rank * (5 * 8 + 4) + 8 * 8 * rank * rank
+
+
 def thread_bytes(threads: int) -> int:
     """Bytes that the computing threads hold for themselves: three tiles in float64 at most, words, and one tile out."""
     return threads * 12 * TILE_ELEMENTS * 4

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream import files
-from lox_stream.checkpoint import PIPELINE_INDEX, models_in
+from lox_stream.checkpoint import PIPELINE_INDEX, companion_path, models_in
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
@@ -43,7 +43,7 @@ def written_documents(
     beside = {name: stamp([data]) for name, data in written.items()}
     for relative in plan.aligned.companions:
         if relative.as_posix() not in written:
-            path = plan.aligned.folder / relative
+            path = companion_path(plan.aligned, relative)
             with files.explained(path, "read it", GO_ON):
                 beside[relative.as_posix()] = stamp_of(path)
     facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside)

@@ -17,7 +17,7 @@ class MatrixFacts:
     weight_norm: float  # |W1|_F, from a sample of its elements
     update_norm: float  # |alpha * U diag(S) Vh|_F
     retention: float | None  # <rounded - W1, update> / |update|^2; None without an update
-    method: str  # "krylov" | "gram" | "exact" | "full rank" | "zero"
+    method: str  # "krylov" | "gram" | "exact" | "full rank" | "factors" | "zero"
     singular_values: tuple[float, ...] = ()
     radius: tuple[float, ...] = ()  # each s_i lies within radius_i of a singular value of delta
     energy: float | None = None  # sum(s^2) / |delta|_F^2

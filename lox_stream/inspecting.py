@@ -8,12 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lox_stream.adapters import Adapter, Module, is_adapter, open_adapter
 from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of, models_in, open_checkpoint
 from lox_stream.errors import OptionError
 from lox_stream.fused import Parts, fused_warnings, parts_of
 from lox_stream.kinds import stack_of
 from lox_stream.matching import decide, glob_problems
-from lox_stream.names import matches, pattern_of
+from lox_stream.names import matches, pattern_of, printable
 from lox_stream.options import Options, Rule, check_options, options_for, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.scales import scale_names, scaled_weights
@@ -90,6 +91,8 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
     What `run` does with a tensor is said from this side alone: a base that lacks it is another matter.
     """
     check_options(options)
+    if is_adapter(path):
+        return _inspect_adapter(open_adapter(path), options)
     checkpoint = open_checkpoint(path)
     problems = glob_problems(checkpoint, options)
     if problems:
@@ -123,6 +126,37 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         warnings=(*checkpoint.warnings, *fused_warnings(_unsplit(rows, options))),
         rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
     )
+
+
+def _inspect_adapter(adapter: Adapter, options: Options) -> Inspection:
+    """Each module's factors as one row: the weight that they change, as base's module has it, and their own bytes."""
+    weights, base = adapter.overlay.files[-1], adapter.config.get("base_model_name_or_path")
+    rows = tuple(_adapter_row(module, weights.name) for module in adapter.modules)
+    return Inspection(
+        path=adapter.overlay.folder,
+        n_shards=1,
+        architecture=f"LoRA adapter of {printable(str(base or 'a model that is not named'))}",
+        n_elements=sum(prod(factor.shape) for module in adapter.modules for factor in (module.a, module.b)),
+        n_bytes=sum(row.n_bytes for row in rows),
+        bytes_by_dtype=_sums((row.dtype, row.n_bytes) for row in rows),
+        bytes_by_action=_sums((row.action, row.n_bytes) for row in rows),
+        rows=rows,
+        groups=_groups(rows),
+        tied={},
+        says_tied=None,
+        quantisation={},
+        quantisation_method=None,
+        companions=adapter.overlay.companions,
+        warnings=(),
+        rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
+    )
+
+
+def _adapter_row(module: Module, shard_name: str) -> Row:
+    name, reason = f"{module.name}.weight", f"LoRA, rank {module.rank}, scaling {module.scaling:g}"
+    shape = (module.b.shape[0], *module.a.shape[1:])
+    n_bytes = module.a.n_bytes + module.b.n_bytes
+    return Row(name, module.a.dtype, shape, n_bytes, shard_name, pattern_of(name), "extrapolate", reason)
 
 
 def _hit(rule: Rule, rows: Sequence[Row], options: Options) -> Hit:

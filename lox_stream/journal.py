@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from lox_stream import files
-from lox_stream.checkpoint import Checkpoint, Shard
+from lox_stream.checkpoint import Checkpoint, Shard, files_of
 from lox_stream.errors import ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import printable, shown
@@ -125,7 +125,7 @@ def _shards(checkpoint: Checkpoint) -> dict[str, Any]:
             "sample": sample_hash(shard),
             "mtime_ns": shard.mtime_ns,
         }
-        for shard in checkpoint.shards
+        for shard in files_of(checkpoint)
     }
 
 

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from lox_stream.api import tensors_of
+from lox_stream.checkpoint import companion_path
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.manifest import read_manifest
@@ -71,7 +72,7 @@ def _expected(plan: Plan, check: Check) -> bytes | None:
     if check.name == MANIFEST or not is_plain_relative(check.name):
         return None
     if Path(check.name) in plan.aligned.companions and check.name != MODEL_CARD:
-        return (plan.aligned.folder / check.name).read_bytes()
+        return companion_path(plan.aligned, Path(check.name)).read_bytes()
     facts = facts_of(read_manifest(plan.out)["tensors"])
     return written_documents(plan, facts, elapsed_s=0.0).get(check.name)
 

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from lox_stream import files
-from lox_stream.checkpoint import Checkpoint, Shard
+from lox_stream.checkpoint import Checkpoint, Shard, files_of
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, sample_hash, version
@@ -142,7 +142,7 @@ def input_of(checkpoint: Checkpoint) -> dict[str, Any]:
                 "header_xxh3_128": shard.header_hash,
                 "sample_xxh3_64": sample_hash(shard),
             }
-            for shard in checkpoint.shards
+            for shard in files_of(checkpoint)
         },
     }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeVar
 
+from lox_stream.adapters import Factors
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
@@ -17,7 +18,7 @@ from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, qua
 from lox_stream.scales import Scaled, scale_names, scaled_weights
 from lox_stream.ties import says_tied, tied_names
 
-Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales"]
+Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched"]
 Facts = TypeVar("Facts")
 _MANY = 12  # problems of one kind beyond this many become one message
 
@@ -44,6 +45,7 @@ class Step:
     dtype: str = ""  # of the output; "": that of aligned
     scaled: Scaled | None = None  # how aligned is, where it is of FP8
     base_scaled: Scaled | None = None
+    factors: Factors | None = None  # aligned is base changed by these: `aligned` says where base's tensor lies
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:
@@ -71,7 +73,7 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     reasons |= _left_alone(aligned, pairs.partners, options)
     steps = [_step(aligned, name, reason, pairs, options, scaled, base_scaled) for name, reason in reasons.items()]
     others = architecture_problems(base, aligned)
-    problems = [*pairs.problems, *_tie_problems(aligned, pairs.partners)]
+    problems = [*pairs.problems, *tie_problems(aligned, pairs.partners)]
     if not pairs.across:  # what wraps another model has an architecture of its own
         problems, others = [*others, *problems], []
     if _changes(options):
@@ -220,13 +222,13 @@ def _architecture_problem(base: Checkpoint, aligned: Checkpoint) -> str:
     return ""
 
 
-def _tie_problems(aligned: Checkpoint, pairs: Mapping[str, TensorInfo | None]) -> list[str]:
+def tie_problems(aligned: Checkpoint, changed: Container[str]) -> list[str]:
     """Tied names of which the globs leave only one to be changed."""
     return [
         f"{printable(name)} and {printable(leader)} are one tied weight, but --skip or --only leaves only one of them "
         "to be changed; expected both or none. Name both, or neither"
         for name, leader in tied_names(aligned).items()
-        if (name in pairs) != (leader in pairs)
+        if (name in changed) != (leader in changed)
     ]
 
 
@@ -298,10 +300,7 @@ def _fused_warnings(steps: Iterable[Step], options: Options) -> list[str]:
 
 
 def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:
-    warnings = []
-    for alpha in dict.fromkeys([options.alpha, *(rule.alpha for rule in options.recipe)]):
-        if alpha is not None and alpha < 0:
-            warnings.append(f"alpha is {alpha}: a negative factor takes alignment away instead of adding to it")
+    warnings = alpha_warnings(options)
     if not pairs.partners and _changes(options):
         warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
     if pairs.unused:
@@ -310,3 +309,12 @@ def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:
             f"{listing(pairs.unused)}"
         )
     return warnings
+
+
+def alpha_warnings(options: Options) -> list[str]:
+    """That a factor is negative."""
+    return [
+        f"alpha is {alpha}: a negative factor takes alignment away instead of adding to it"
+        for alpha in dict.fromkeys([options.alpha, *(rule.alpha for rule in options.recipe)])
+        if alpha is not None and alpha < 0
+    ]

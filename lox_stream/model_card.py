@@ -59,10 +59,11 @@ def card_for(plan: Plan, totals: Totals) -> bytes:
 
 def model_name(checkpoint: Checkpoint) -> str:
     """The name on the hub of a checkpoint in the hub's cache (`models--ORG--NAME/...`), else its folder's own."""
-    for part in reversed(checkpoint.folder.resolve().parts):
+    folder = checkpoint.folder if checkpoint.overlay is None else checkpoint.overlay.folder
+    for part in reversed(folder.resolve().parts):
         if found := re.fullmatch(r"models--(.+?)--(.+)", part):
             return f"{found[1]}/{found[2]}"
-    return checkpoint.folder.resolve().name
+    return folder.resolve().name
 
 
 def completed(card: str, entries: dict[str, str | Sequence[str]]) -> str:
@@ -136,7 +137,7 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         ("base", _code(base)),
         ("rank", f"{rank}"),
         ("alpha", f"{options.alpha:g}"),
-        ("SVD", "none" if options.rank == 0 else options.svd),
+        ("SVD", _svd(plan)),
         ("rounding", options.rounding + (f", seed {options.seed}" if options.rounding == "stochastic" else "")),
         *([("recipe", f"{len(options.recipe)} rules, in lox_stream.json")] if options.recipe else []),
         ("tensors", f"{totals.extrapolated} extrapolated, {totals.copied} copied"),
@@ -154,6 +155,12 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         "Checksums and the facts of each tensor are in `lox_stream.json`.\n\n"
         f"{CITATION}"
     )
+
+
+def _svd(plan: Plan) -> str:
+    if plan.aligned.overlay is not None:
+        return "of the adapter's factors"
+    return "none" if plan.options.rank == 0 else plan.options.svd
 
 
 def _retention_note(totals: Totals) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lox_stream.checkpoint import Checkpoint, index_names, models_in
+from lox_stream.checkpoint import Checkpoint, companion_path, index_names, models_in
 from lox_stream.companions import OWN_FILES
 from lox_stream.names import listing, printable
 from lox_stream.shards import written_bytes
@@ -218,7 +218,7 @@ def _needed_bytes(out: Path, aligned: Checkpoint, *, resume: bool) -> int:
         allocated = next((path.stat().st_blocks * 512 for path in there if path.is_file()), 0)
         needed += max(0, written_bytes(shard) - allocated)
     for relative in aligned.companions:
-        path = aligned.folder / relative
+        path = companion_path(aligned, relative)
         needed += path.stat().st_size if path.exists() else 0
     return needed
 

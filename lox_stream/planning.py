@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lox_stream import costs
-from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
+from lox_stream.adapters import Adapter, is_adapter, open_adapter
+from lox_stream.adapting import laid_over, match_adapter
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, companion_path, files_of, open_checkpoint
 from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
 from lox_stream.fused import Part
@@ -62,7 +64,12 @@ def plan(
     check_ways(resume=resume, overwrite=overwrite, repair=repair)
     problems = _Problems()
     target = Path(out).absolute() if out is not None else None
-    opened_base, opened_aligned = problems.open(base, "base"), problems.open(aligned, "aligned")
+    opened_base = problems.open(base, "base")
+    adapter, opened_aligned = None, None
+    if not is_adapter(aligned):
+        opened_aligned = problems.open(aligned, "aligned")
+    elif (adapter := problems.open_adapter(aligned)) is not None and opened_base is not None:
+        opened_aligned = laid_over(opened_base, adapter)
     written: Checkpoint | None = None
     steps: tuple[Step, ...] = ()
     warnings: list[str] = []
@@ -70,7 +77,10 @@ def plan(
         written = rewritten(opened_aligned, output_dtypes(opened_aligned, options.dtype), options.max_shard_size)
         problems.option += glob_problems(opened_aligned, options)
     if opened_base is not None and opened_aligned is not None and written is not None:
-        steps, found, warnings = match(opened_base, opened_aligned, options)
+        if adapter is None:
+            steps, found, warnings = match(opened_base, opened_aligned, options)
+        else:
+            steps, found, warnings = match_adapter(opened_base, adapter, options)
         steps = tuple(_as_written(step, written) for step in steps if step.name in written.tensors)
         problems.input += [*_same_problems(opened_base, opened_aligned), *found]
         problems.memory += _memory_problems(steps, options)
@@ -83,7 +93,8 @@ def plan(
         problems.output += found
         warnings += more
         if opened_aligned is not None:
-            problems.input += companion_problems(opened_aligned.folder, opened_aligned.companions)
+            paths = [companion_path(opened_aligned, relative) for relative in opened_aligned.companions]
+            problems.input += companion_problems(paths)
     problems.throw()
     assert opened_base is not None, "what cannot be opened is a problem"
     assert opened_aligned is not None, "what cannot be opened is a problem"
@@ -99,8 +110,10 @@ def _as_written(step: Step, written: Checkpoint) -> Step:
 def memory_needed(step: Step, options: Options) -> int:
     """Bytes of our own buffers that a step needs at most, for the matrices that it solves at once.
 
-    0 for a copy, and for what a GPU computes.
+    0 for a copy, and for what a GPU computes; a change by factors is computed by the CPU always.
     """
+    if step.factors is not None:
+        return costs.factors_bytes(step.m, step.n, step.factors.rank)
     if step.action == "copy":
         return 0
     return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step)
@@ -200,6 +213,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
 
 
 def _step_summary(step: Step, options: Options) -> dict[str, Any]:
+    base = step.base if step.factors is None else step.aligned
+    said = {} if step.factors is None else {"factors": {"rank": step.factors.rank, "scaling": step.factors.scaling}}
     return {
         "name": step.name,
         "action": step.action,
@@ -209,12 +224,13 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
         "bytes": step.aligned.n_bytes,
         "written_dtype": step.dtype or step.aligned.dtype,
         "written_bytes": output_bytes(step),
-        "base_name": step.base.name if step.base is not None else None,
-        "base_dtype": step.base.dtype if step.base is not None else None,
+        "base_name": base.name if base is not None else None,
+        "base_dtype": base.dtype if base is not None else None,
         "rank": step.rank if step.action == "extrapolate" else None,
         "matrices": matrix_count(step) if step.action == "extrapolate" else 0,
         "parts": [part.label for part in step.parts],
         "memory_bytes": memory_needed(step, options),
+        **said,
     }
 
 
@@ -235,6 +251,14 @@ class _Problems:
             self.input += [f"{side}: {problem}" for problem in error.problems]
             return None
 
+    def open_adapter(self, path: str | Path) -> Adapter | None:
+        """The same of an adapter."""
+        try:
+            return open_adapter(path)
+        except CheckpointError as error:
+            self.input += [f"aligned: {problem}" for problem in error.problems]
+            return None
+
     def throw(self) -> None:
         """Raise all problems in one error, of their own kind where there is only one kind."""
         everything = [*self.option, *self.input, *self.memory, *self.output]
@@ -252,7 +276,7 @@ class _Problems:
 
 def _same_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
     """The two sides are one: the same folder, or links to the same files."""
-    if {shard.path for shard in base.shards} != {shard.path for shard in aligned.shards}:
+    if {shard.path for shard in base.shards} != {shard.path for shard in files_of(aligned)}:
         return []
     return [
         f"base and aligned are the same files: {printable(base.root)} and {printable(aligned.root)}; "
@@ -299,6 +323,6 @@ def _has_chat_template(checkpoint: Checkpoint) -> bool:
     if "tokenizer_config.json" not in names:
         return False
     try:
-        return bool(read_json(checkpoint.folder / "tokenizer_config.json").get("chat_template"))
+        return bool(read_json(companion_path(checkpoint, Path("tokenizer_config.json"))).get("chat_template"))
     except CheckpointError:
         return False  # a tokenizer that cannot be read is the model's affair; it is copied as it is

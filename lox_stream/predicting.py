@@ -90,7 +90,7 @@ def _number(part: str, name: str, value: str) -> float:
 def predict(plan: Plan, machine: Machine) -> Prediction:
     """What carrying out `plan` on `machine` moves, holds and takes."""
     away = is_gpu(plan.options.device)
-    changed = [step for step in plan.steps if step.action == "extrapolate" and step.base is not None]
+    changed = [step for step in plan.steps if step.action == "extrapolate"]
     on_card = {step.name: card_memory_needed(step, plan.options.svd) if away else 0 for step in changed}
     there = [step for step in changed if on_card[step.name]]
     here = [step for step in changed if not on_card[step.name]]
@@ -139,7 +139,7 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
 
 def _iterated(steps: Iterable[Step], svd: str) -> bool:
     return svd == "randomized" and any(
-        0 < step.rank < min(part.m, part.n) for step in steps for part in parts_of_each(step)
+        0 < step.rank < min(part.m, part.n) for step in steps if step.factors is None for part in parts_of_each(step)
     )
 
 
@@ -154,7 +154,7 @@ def _core_s(step: Step, machine: Machine, svd: str) -> float:
 def _part_s(step: Step, part: Part, machine: Machine, svd: str) -> float:
     """Of one part of each of its stacked matrices."""
     m, n, rank = part.m, part.n, step.rank
-    low_rank, passes, exact_s = 0 < rank < min(m, n), 1.0, 0.0
+    low_rank, passes, exact_s = step.factors is None and 0 < rank < min(m, n), 1.0, 0.0
     if low_rank and svd == "randomized":
         passes = machine.passes * costs.block_width(m, n, rank) / costs.block_width(m, n, min(rank, 6))
     if low_rank and svd == "exact":

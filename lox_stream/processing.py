@@ -24,6 +24,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
 from lox_stream.matching import Step, covered, output_bytes, rescaled
+from lox_stream.merging import change_of, update_by
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
@@ -69,6 +70,8 @@ def process(
     started = time.perf_counter()
     if rescaled(steps[0]):
         return _rescale(steps[0], steps[1], place, options, run, cards)
+    if steps[0].factors is not None:
+        return [_changed(step, place, options, run) for step in steps]
     targets = [place(step) for step in steps]
     outcomes: list[Outcome] = [()] * len(steps)
     told: list[list[str]] = [[] for _ in steps]
@@ -122,6 +125,43 @@ def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Opt
     left = fp8.dequantised(q, scale, blocks, run).sub_(before).view(-1)
     square = float(torch.dot(update, update))
     return float(torch.dot(left, update)) / square if square > 0 else None
+
+
+def _changed(step: Step, place: Callable[[Step], Target], options: Options, run: Run) -> tuple[TensorFacts, Target]:
+    """A tensor that an adapter changes; one that is "copied" is what base and adapter make, as all of aligned is."""
+    started = time.perf_counter()
+    target = place(step)
+    found = _by_factors(step, target, options, run, alone=step.action == "copy")
+    if isinstance(found, NotFinite):
+        outcome: Outcome = _accepted(step, found, options)
+        target = place(step)
+        _by_factors(step, target, options, run, alone=True)
+    else:
+        outcome = (found,) if step.action == "extrapolate" else ()
+    return _facts(step, outcome, (), target.checksum(), time.perf_counter() - started), target
+
+
+def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone: bool) -> MatrixFacts | NotFinite:
+    """Write base's tensor changed by its factors, and by nothing more where these stand `alone`."""
+    assert step.factors is not None, "planning gave it some"
+    (region,) = regions_of(step)
+    setting = _setting(step, options, region)
+
+    def emit(first: int, tile: Tensor) -> None:
+        target.write(first * tile.element_size(), as_bytes(tile))
+
+    with mapped(step.aligned) as data:
+        w0 = matrix_at(data, step.aligned.dtype, region)
+        try:
+            change = change_of(step.factors)
+        except NotFinite as problem:
+            raise DataError(f"{step.name}: {problem}; expected finite numbers. Save the adapter again") from problem
+        alpha = 0.0 if alone else setting.options.alpha
+        matrix = Matrix(w0, w0, setting, emit, rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
+        facts = update_by(change, matrix, alpha=alpha, run=run)
+        if isinstance(facts, MatrixFacts) and facts.method == "zero":
+            _emit_unchanged(matrix, run)
+    return facts
 
 
 def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, elapsed_s: float) -> TensorFacts:

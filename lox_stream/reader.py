@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,11 @@ def grouped(whole: Tensor, region: Region) -> Tensor:
     """A region's elements where they lie, (groups, elements of each), out of those of its whole, (span,)."""
     length = region.m * region.n // region.groups
     return whole.view(region.groups, -1)[:, region.first : region.first + length]
+
+
+def read_floats(data: memoryview, info: TensorInfo) -> Tensor:
+    """A tensor of floats over its bytes; nothing is copied."""
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype], count=prod(info.shape)).view(info.shape)
 
 
 @contextmanager

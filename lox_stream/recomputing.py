@@ -23,8 +23,11 @@ from lox_stream import fp8
 from lox_stream.checkpoint import TensorInfo
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
+from lox_stream.matching import Step
+from lox_stream.merging import read_sides
 from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_of
+from lox_stream.regions import Region
 from lox_stream.sampling import Sample, Unit
 from lox_stream.scales import Scaled
 from lox_stream.workers import Workers
@@ -100,7 +103,7 @@ def compare(unit: Unit, options: Options) -> Comparison:
         name=unit.name,
         shape=unit.shape,
         dtype=unit.step.aligned.dtype,
-        kind="copy" if unit.copied else "rank-k" if low_rank else "full rank",
+        kind="copy" if unit.copied else "merged" if unit.alone else "rank-k" if low_rank else "full rank",
         elements=seen.elements,
         same=seen.same,
         predicted_share=unit.predicted_share,
@@ -151,14 +154,13 @@ def _flat(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack) -
 
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     step, region = unit.step, unit.region
-    assert step.base is not None, "planning pairs every tensor that is extrapolated"
     assert region is not None, "what has none is a copy"
     options = options_for(step.seed_name or step.name, options)
     with contextlib.ExitStack() as maps:
-        w1 = matrix_of(_flat(step.aligned, step.scaled, maps), region).clone()
-        w0 = matrix_of(_flat(step.base, step.base_scaled, maps), region).clone()
+        w1, w0 = _pair(step, region, maps)
         out = matrix_of(_flat(unit.out, unit.out_scaled, maps), region).clone()
-    exact = recomputed(w1, w0, step.rank, options.alpha)
+    rank, alpha = (0, 0.0) if unit.alone else (step.rank, options.alpha)
+    exact = recomputed(w1, w0, rank, alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
     if unit.out_scaled is None:
         right, found, eps = rounded_once(exact.total, out.dtype, key, region.words), out, torch.finfo(out.dtype).eps
@@ -169,13 +171,23 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     done, norm = out.double() - w1.double(), float(exact.update.norm())
     error = float((done - exact.update).norm()) / norm if norm else None
     if not unit.unique:  # any of many parts is right, so what counts is how much of delta it leaves
-        rest = float((done - options.alpha * (w1.double() - w0.double())).norm())
+        rest = float((done - alpha * (w1.double() - w0.double())).norm())
         ok = rest <= (1 + 1e-4) * exact.rest + _grid(out, eps)
     elif found.dtype not in (torch.float32, torch.float64):
         ok = w1.numel() - same <= w1.numel() * (2 * (unit.predicted_share or 0.0) + SLACK) + 1
     else:
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
+
+
+def _pair(step: Step, region: Region, maps: contextlib.ExitStack) -> tuple[Tensor, Tensor]:
+    """(W1, W0); where an adapter makes W1 that is its product in float64, on W0."""
+    w1 = matrix_of(_flat(step.aligned, step.scaled, maps), region).clone()
+    if step.factors is not None:
+        left, right = read_sides(step.factors)
+        return w1.double() + step.factors.scaling * (left @ right), w1
+    assert step.base is not None, "planning pairs every tensor that is extrapolated"
+    return w1, matrix_of(_flat(step.base, step.base_scaled, maps), region).clone()
 
 
 def _quantised(total: Tensor, info: TensorInfo, scaled: Scaled, key: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lox_stream.checkpoint import files_of
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import totals
 from lox_stream.model_card import LOW_RETENTION
@@ -28,7 +29,7 @@ def changed_bytes(survey: Survey | None, finished: Mapping[str, TensorFacts]) ->
 def changed_inputs(plan: Plan) -> tuple[str, ...]:
     """A message for each shard of the inputs that is not as it was when the run was planned."""
     changed = []
-    for shard in (*plan.base.shards, *plan.aligned.shards):
+    for shard in (*files_of(plan.base), *files_of(plan.aligned)):
         try:
             now = shard.path.stat()
             same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)

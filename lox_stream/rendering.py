@@ -122,6 +122,7 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("base", plan.base.root),
         ("aligned", plan.aligned.root),
+        *([("adapter", _adapter_text(plan.steps))] if plan.aligned.overlay else []),
         ("out", plan.out),
         (
             "extrapolate",
@@ -137,6 +138,13 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
         needed = budget_text(memory_needed(most, plan.options))
         rows.append(("memory", f"{needed} for {most.name}, of a budget of {budget_text(plan.options.memory_bytes)}"))
     return rows
+
+
+def _adapter_text(steps: Sequence[Step]) -> str:
+    """How much of the model an adapter changes."""
+    ranks = [step.factors.rank for step in steps if step.factors is not None]
+    ends = sorted({min(ranks, default=0), max(ranks, default=0)})
+    return f"LoRA of rank {' to '.join(map(str, ends))} on {counted(len(ranks), 'tensor')}"
 
 
 def prediction_table(prediction: Prediction) -> Group:

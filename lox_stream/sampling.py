@@ -37,6 +37,7 @@ class Unit:
     predicted_share: float | None  # of elements that differ from the exact result, as the manifest says
     unique: bool  # whether the rank-k part is
     out_scaled: Scaled | None = None  # of an output of FP8
+    alone: bool = False  # what an adapter makes of base, with no extrapolation
 
     @property
     def copied(self) -> bool:
@@ -153,7 +154,8 @@ def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> I
             continue
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
         if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != matrix_count(step):
-            yield Unit(step, written, None, None, True)
+            alone = next(regions_of(step)) if step.factors is not None else None
+            yield Unit(step, written, alone, None, True, alone=alone is not None)
             continue
         for region, matrix in zip(regions_of(step), facts, strict=True):
             share = matrix.get("predicted_share")
@@ -170,7 +172,7 @@ def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:
 
 
 def _flops(unit: Unit) -> float:
-    if unit.copied or not 0 < unit.step.rank < min(unit.shape):
+    if unit.copied or unit.alone or not 0 < unit.step.rank < min(unit.shape):
         return 0.0
     return exact_flops(*unit.shape)
 

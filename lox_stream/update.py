@@ -73,9 +73,19 @@ class Sample:
 def _some(weight: Tensor) -> Tensor:
     """Short runs at even distances: an element here and there would cost a page fault and a line of the cache each."""
     flat = weight.reshape(-1)
-    runs = min(SAMPLED_RUNS, -(-flat.numel() // SAMPLED_RUN))
-    length = min(SAMPLED_RUN, flat.numel() // runs)
+    runs, length = _runs(flat.numel())
     return flat.as_strided((runs, length), (flat.numel() // runs, 1)).reshape(-1)
+
+
+def places(count: int) -> Tensor:
+    """The indices of the elements that a sample of `count` looks at."""
+    runs, length = _runs(count)
+    return (torch.arange(runs)[:, None] * (count // runs) + torch.arange(length)).view(-1)
+
+
+def _runs(count: int) -> tuple[int, int]:
+    runs = min(SAMPLED_RUNS, -(-count // SAMPLED_RUN))
+    return runs, min(SAMPLED_RUN, count // runs)
 
 
 def _norm(values: Tensor) -> float:
@@ -286,7 +296,7 @@ def _solve(unsolved: Sequence[_Unsolved]) -> list[Solved]:
 def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]:
     """Emit the updates of those that have one."""
     real = [one for one in solved if len(one.found.s)]
-    kept = iter(_emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
+    kept = iter(emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
     return [_facts_of(one, next(kept)) if len(one.found.s) else _zero(one.sample, one.found.passes) for one in solved]
 
 
@@ -353,7 +363,7 @@ def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
         return fullrank_update(w1[band, part], w0[band, part], alpha, out, key=setting.key, first=first)
 
-    (kept,) = _emit_tiles([matrix], [block], run)
+    (kept,) = emit_tiles([matrix], [block], run)
     if not kept.finite:
         raise NotFinite(first_not_finite(w1, w0))
     norm = math.sqrt(kept.square)
@@ -367,7 +377,7 @@ def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
     )
 
 
-def _emit_tiles(matrices: Sequence[Matrix], blocks: Sequence[Block], run: Run) -> list[Retained]:
+def emit_tiles(matrices: Sequence[Matrix], blocks: Sequence[Block], run: Run) -> list[Retained]:
     """Compute the outputs of matrices of one shape in tiles of consecutive elements, and emit each; sums in order."""
     if not matrices:
         return []

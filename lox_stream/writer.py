@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lox_stream import files
-from lox_stream.checkpoint import Shard, index_names
+from lox_stream.checkpoint import Shard, companion_path, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
@@ -250,7 +250,7 @@ class Output:
             if relative.as_posix() in {*documents, JOURNAL}:
                 continue
             files.make_folder(target.parent)
-            files.copy_file(self.plan.aligned.folder / relative, target)
+            files.copy_file(companion_path(self.plan.aligned, relative), target)
             files.sync_folder(target.parent)
 
     def _rename_shards(self) -> None:

@@ -1,0 +1,233 @@
+"""An adapter laid over its base: the aligned model that the two make, and what happens to each of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from lox_stream.adapters import CONFIG, MERGED, Adapter, Factors, Module, own_name
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from lox_stream.fused import parts_of
+from lox_stream.matching import Step, alpha_warnings, decide, tie_problems
+from lox_stream.names import listing, matches, near_misses, printable
+from lox_stream.options import Options, options_for
+from lox_stream.output_rules import MODEL_CARD
+from lox_stream.pairing import WRAPPERS, renamed
+from lox_stream.quantisation import FLOATS, quantisation_problems, quantised_tensors
+from lox_stream.scales import scaled_weights
+from lox_stream.ties import EMBEDDINGS, says_tied, tied_names
+
+_PIECE = 1 << 20  # elements that are compared at a time
+
+
+def laid_over(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The aligned model: base's layout, and its companions but for those that the adapter brings.
+
+    Model cards are neither's: base's is of another model, and the adapter's of one that PEFT loads.
+    """
+    brought = adapter.overlay.companions if base.root.is_dir() else ()
+    companions = {*base.companions, *brought} - {Path(MODEL_CARD)}
+    overlay = replace(adapter.overlay, companions=brought)
+    return replace(base, root=overlay.folder, companions=tuple(sorted(companions)), warnings=(), overlay=overlay)
+
+
+def match_adapter(
+    base: Checkpoint, adapter: Adapter, options: Options
+) -> tuple[tuple[Step, ...], list[str], list[str]]:
+    """Steps in the order of base's shards and offsets, all problems, and warnings; complete messages."""
+    called, problems = renamed(base, options.rename)
+    homes, lost = _homes(adapter, called)
+    problems += [*lost, *_whole_problems(adapter, called)]
+    factors = _factors(adapter, homes, called, problems)
+    leaders = tied_names(base)
+    problems += _head_problems(base, leaders, factors)
+    factors |= {name: factors[leader] for name, leader in leaders.items() if leader in factors}
+    steps = tuple(
+        _step(tensor, factors.get(tensor.name), leaders.get(tensor.name, tensor.name), options)
+        for shard in base.shards
+        for tensor in shard.tensors
+    )
+    problems += [*quantisation_problems("base", base, quantised_tensors(base), factors), *_scale_problems(base)]
+    problems += [
+        f"{printable(name)}: dtype of base is {base.tensors[name].dtype}, expected F64, F32, F16 or BF16. {MERGED}"
+        for name in factors
+        if base.tensors[name].dtype not in FLOATS
+    ]
+    problems += _fused_problems(base, steps, options)
+    problems += tie_problems(base, {step.name for step in steps if step.action == "extrapolate"})
+    return steps, problems, [*alpha_warnings(options), *_warnings(base, factors, leaders)]
+
+
+def _homes(adapter: Adapter, called: Mapping[str, TensorInfo]) -> tuple[dict[str, Module], list[str]]:
+    """The module that changes each tensor of base, and problems."""
+    homes: dict[str, Module] = {}
+    lost, problems = [], []
+    for module in adapter.modules:
+        home = _home(f"{module.name}.weight", called)
+        if home is None:
+            lost.append(f"{module.name}.weight")
+        elif home.name in homes:
+            problems.append(
+                f"adapter: {printable(module.name)} and {printable(homes[home.name].name)} both change "
+                f"{printable(home.name)}, expected one of them. {MERGED}"
+            )
+        else:
+            homes[home.name] = module
+    if lost:
+        near = near_misses(lost[0], called, 1)
+        hint = f" (base has {printable(near[0])!r})" if near else ""
+        problems.append(
+            f"adapter: {len(lost)} of its {len(adapter.modules)} modules change tensors that base lacks: "
+            f"{listing(lost)}{hint}; expected each. Give the base that it was trained on, or name its tensors with "
+            f"--rename. Where its files keep them otherwise than the model (tied heads, stacked experts): {MERGED}"
+        )
+    return homes, problems
+
+
+def _home(name: str, called: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The tensor of that name, or the only one of that name but for a wrapper's prefix."""
+    if name in called:
+        return called[name]
+    rests = {name.removeprefix(prefix) for prefix in WRAPPERS}
+    found = {f"{prefix}{rest}" for rest in rests for prefix in WRAPPERS} & called.keys()
+    return called[found.pop()] if len(found) == 1 else None
+
+
+def _factors(
+    adapter: Adapter, homes: Mapping[str, Module], called: Mapping[str, TensorInfo], problems: list[str]
+) -> dict[str, Factors]:
+    """How each tensor changes; what does not fit becomes a problem.
+
+    Whether a model keeps a weight turned (`Conv1D` of GPT-2) is told by shapes. Where a weight is square it is told by
+    the config's fan_in_fan_out, which is one flag for all modules, and that of the last one where a model has both
+    kinds: so no other weight may speak against it.
+    """
+    found: dict[str, Factors] = {}
+    square, against = [], []
+    tensors = {tensor.name: tensor for tensor in called.values()}
+    said = bool(adapter.config.get("fan_in_fan_out"))
+    for name, module in homes.items():
+        ways = _ways(module, tensors[name].shape)
+        if not ways:
+            problems.append(
+                f"{printable(name)}: base is {tensors[name].shape}, the adapter's factors are {module.b.shape} and "
+                f"{module.a.shape}; expected such as multiply to it. Give the base that the adapter was trained on"
+            )
+            continue
+        if len(ways) > 1:
+            square.append(name)
+        elif not module.embeds and ways[0] != said:
+            against.append(name)
+        turned = said if len(ways) > 1 else ways[0]
+        found[name] = Factors(module.a, module.b, module.rank, module.scaling, turned)
+    if square and against:
+        problems.append(
+            f"{printable(square[0])}: is square, so that {CONFIG} has to say whether it is turned; it says "
+            f"fan_in_fan_out {said}, but {listing(against)} is the other way. {MERGED}"
+        )
+    return found
+
+
+def _ways(module: Module, shape: tuple[int, ...]) -> list[bool]:
+    """Whether the factors multiply to a weight of that shape as they are (False), turned (True), or both."""
+    inner, outer = module.a.shape[1:], module.b.shape[0]
+    plain = not module.embeds and (outer, *inner) == shape
+    return [*[False] * plain, *[True] * ((*inner, outer) == shape and len(shape) == 2)]
+
+
+def _head_problems(base: Checkpoint, leaders: Mapping[str, str], factors: Mapping[str, Factors]) -> list[str]:
+    return [
+        f"{printable(name)}: is tied to {printable(leaders[name])} in this model, and the adapter changes it by "
+        f"itself; expected the two to stay one. Untie them in base, or: {MERGED}"
+        for name in factors
+        if name in leaders
+    ]
+
+
+def _step(tensor: TensorInfo, factors: Factors | None, seed_name: str, options: Options) -> Step:
+    reason = decide(tensor, options)
+    if factors is None or reason == "empty":
+        return Step(
+            tensor.name, tensor, None, "copy", "untouched" if reason == "matrix" else reason, seed_name=seed_name
+        )
+    m, n = tensor.shape[0], prod(tensor.shape[1:])
+    rank = options_for(seed_name, options).rank
+    action: Literal["extrapolate", "copy"] = "extrapolate" if reason == "matrix" else "copy"
+    return Step(tensor.name, tensor, None, action, reason, rank, 1, m, n, seed_name, factors=factors)
+
+
+def _scale_problems(base: Checkpoint) -> list[str]:
+    """A base of FP8, whose numbers alone say nothing of its weights."""
+    scaled = scaled_weights(base)
+    if not scaled:
+        return []
+    return [
+        f"base: {len(scaled)} weights are of FP8: {listing(scaled)}; expected plain ones under an adapter. "
+        "De-quantise the checkpoint first"
+    ]
+
+
+def _fused_problems(base: Checkpoint, steps: Iterable[Step], options: Options) -> list[str]:
+    """Fused projections that are to be split: the factors are those of the whole."""
+    split = [
+        step.name
+        for step in steps
+        if step.factors is not None and options_for(step.seed_name, options).split_fused
+        if parts_of(step.name, step.m, step.n, base.config)
+    ]
+    if not split:
+        return []
+    return [f"--split-fused: an adapter changes {listing(split)} as one matrix. Leave the option away, or: {MERGED}"]
+
+
+def _warnings(base: Checkpoint, factors: Mapping[str, Factors], leaders: Mapping[str, str]) -> list[str]:
+    """That a tied weight changes in both of its places, which it does not while PEFT keeps the factors apart."""
+    tied = [
+        name for name in factors if name in leaders.values() or (says_tied(base.config) and matches(name, EMBEDDINGS))
+    ]
+    return [
+        f"{printable(name)}: is tied to the head or to another embedding, and changes with it, as in PEFT's merge"
+        for name in tied
+    ]
+
+
+def _whole_problems(adapter: Adapter, called: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that are no factors; a copy of base's own, such as PEFT saves of embeddings, is passed over."""
+    others = []
+    for tensor in adapter.whole:
+        home = _home(own_name(tensor), called)
+        if home is None or not _alike(tensor, home):
+            others.append(tensor.name)
+    if not others:
+        return []
+    return [
+        f"adapter: holds tensors beside its factors: {listing(others)}; expected lora_A and lora_B, or numbers that "
+        f"are those of base. {MERGED}"
+    ]
+
+
+def _alike(tensor: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same numbers, in one dtype or in BF16 and F32; reads them."""
+    if tensor.shape != other.shape or {tensor.dtype, other.dtype} not in ({tensor.dtype}, {"BF16", "F32"}):
+        return False
+    with tensor.path.open("rb") as file, other.path.open("rb") as file_of_other:
+        file.seek(tensor.start)
+        file_of_other.seek(other.start)
+        for first in range(0, prod(tensor.shape), _PIECE):
+            count = min(_PIECE, prod(tensor.shape) - first)
+            pieces = file.read(count * DTYPE_BYTES[tensor.dtype]), file_of_other.read(count * DTYPE_BYTES[other.dtype])
+            if pieces[0] != pieces[1] and _wide(pieces[0], count) != _wide(pieces[1], count):
+                return False
+    return True
+
+
+def _wide(data: bytes, count: int) -> bytes:
+    """So many numbers in F32, out of F32 or BF16: which are the upper halves of these."""
+    if len(data) != 2 * count:
+        return data
+    wide = bytearray(4 * count)
+    wide[2::4], wide[3::4] = data[::2], data[1::2]
+    return bytes(wide)
