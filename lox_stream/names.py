@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -51,7 +52,14 @@ def pattern_of(name: str) -> str:
 
 def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether any glob matches the whole name; upper and lower case differ, `*` crosses dots."""
-    return any(fnmatchcase(name, glob) for glob in globs)
+    wanted = tuple(globs)
+    return bool(wanted) and _pattern(wanted).match(name) is not None
+
+
+@lru_cache
+def _pattern(globs: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for all of them: the names of the largest models are many, and are looked at often."""
+    return re.compile("|".join(map(translate, globs)))
 
 
 def unmatched(globs: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
