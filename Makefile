@@ -22,7 +22,7 @@ test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 	$(BIN)/pytest
 
 compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
-	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py
+	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_fp8_formats.py
 
 torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
 	$(BIN)/pytest -m torture
@@ -86,7 +86,7 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@echo "make: installing transformers, diffusers and peft into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
 	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers peft pytest
+	  torch transformers diffusers peft compressed-tensors pytest
 	@touch $@
 
 include examples/real_pair/real.mk
