@@ -44,7 +44,7 @@ _OTHERWISE = {  # keys of the config under which a module does more than add sca
     ),
     "velora_config": "a variant of LoRA",
 }
-_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
+_ON_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # initialisations by name that leave the base as it is
 _LARGEST = 1e30  # lora_alpha that is still a number
 _UNUSUAL = re.compile(  # of a regular expression: what can take for ever, or what Python warns of
     r"\)[*+{]|\\\d|\(\?[P=!<]|\[[^\]]*(\[|--|&&|~~|\|\|)"
@@ -146,10 +146,11 @@ def _config_problems(folder: Path, config: Mapping[str, Any]) -> list[str]:
     if config.get("bias") not in (None, "none"):
         problems.append(f"{where}: bias is {shown(config['bias'])}, expected 'none'. {MERGED}")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_ON_ANOTHER_BASE):
+    if isinstance(start, str) and start.lower() not in _ON_THE_BASE:
         problems.append(
-            f"{where}: init_lora_weights is {shown(start)}, which changes the base before training; expected an "
-            "adapter of the base itself. Convert it: PEFT saves with path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights is {shown(start, 60)}, which changes the base before training (pissa, olora, "
+            f"corda, loftq, lora_ga) or is not known here; expected true, false or {', '.join(_ON_THE_BASE)}. Convert "
+            "it: PEFT saves with path_initial_model_for_weight_conversion"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(where, key, config.get(key))

@@ -275,6 +275,7 @@ def test_a_whole_model_beside_an_adapters_config_is_the_model(pair, tmp_path):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_16"}, "which changes the base"),
         ({"init_lora_weights": "olora"}, "which changes the base"),
+        ({"init_lora_weights": "of a year to come"}, "not known here"),
         ({"r": 4}, "its rank is 8"),
         ({"rank_pattern": {"q_proj": 9}}, "its rank is 8"),
         ({"lora_alpha": "much"}, "lora_alpha of 'much'"),
