@@ -575,12 +575,13 @@ def test_factors_that_are_not_finite_are_an_error_and_weights_may_be_left(pair):
 def test_the_output_is_a_whole_model_with_the_adapters_tokenizer(pair):
     base, adapter, out = pair
     for folder in (base, adapter):
-        for name in ("tokenizer.json", "README.md", "chat_template.jinja", "notes.txt", "LICENSE"):
+        for name in ("tokenizer.json", "README.md", "chat_template.jinja", "generation_config.json", "LICENSE"):
             (folder / name).write_text(f"{folder.name}: {name}")
     (base / "chat_template.jinja").unlink()
     extrapolate(base, adapter, out)
     assert (out / "tokenizer.json").read_text() == "adapter: tokenizer.json"
     assert (out / "chat_template.jinja").read_text() == "adapter: chat_template.jinja"
+    assert (out / "generation_config.json").read_text() == "adapter: generation_config.json"
     assert (out / "LICENSE").read_text() == "base: LICENSE"
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert not (out / "adapter_config.json").exists()
