@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -34,10 +35,17 @@ def echo_json(document: dict[str, Any]) -> None:
     from lox_stream.journal import finite  # here, so that --help does not wait for safetensors
 
     try:
-        text = json.dumps(document, indent=2, allow_nan=False)
+        text = _as_json(document)
     except ValueError:  # only such numbers are worth a copy of a document of a hundred thousand tensors
-        text = json.dumps(finite(document), indent=2, allow_nan=False)
+        text = _as_json(finite(document))
     click.echo(text)
+
+
+def _as_json(document: Any) -> str:
+    """Piece by piece: `json.dumps` holds millions of them until it joins them."""
+    text = io.StringIO()
+    json.dump(document, text, indent=2, allow_nan=False)
+    return text.getvalue()
 
 
 def guarded(action: Callable[[], Any]) -> int:

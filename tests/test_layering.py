@@ -21,7 +21,8 @@ THREADS = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor", "Proc
 
 def tables() -> tuple[list[str], list[str], list[str]]:
     """The module names of the three tables of CONTRIBUTING.md: files, torch, people."""
-    sections = re.split(r"^### ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)[1:]
+    sections = [part.split("\n## ")[0] for part in parts]
     files, torch, people = (re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) for section in sections)
     return files, torch, people
 
