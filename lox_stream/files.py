@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from lox_stream.c_library import c_function
 from lox_stream.errors import OutputError
 from lox_stream.output_rules import PARTIAL
@@ -55,6 +57,13 @@ def reserve(fd: int, n_bytes: int) -> None:
             raise
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data` where the file stands, in as many calls as the system needs."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view[:CALL_BYTES]) :]
+
+
 def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` (a view of bytes) at `offset`, in as many calls as the system needs."""
     done = 0
@@ -73,6 +82,14 @@ def read_pieces(fd: int, start: int, n_bytes: int) -> Iterator[bytes]:
         start += len(piece)
 
 
+def checksum_of(fd: int, start: int, n_bytes: int) -> str:
+    """xxh3_128 of the bytes [start, start + n_bytes), hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for piece in read_pieces(fd, start, n_bytes):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def sync_data(fd: int) -> None:
     """Wait until the file's bytes are on the disk."""
     getattr(os, "fdatasync", os.fsync)(fd)
@@ -80,11 +97,8 @@ def sync_data(fd: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def start_writing_back(fd: int, start: int, n_bytes: int) -> None:
@@ -111,26 +125,39 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, sync it, rename it to `path`. The folder is for the caller to sync."""
-    with partial(path).open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file descriptor, closed afterwards."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A new file to write to, which is synced and becomes `path` on success. The folder is for the caller to sync."""
+    with opened(partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        yield fd
+        os.fsync(fd)
     partial(path).replace(path)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, or what it held before. The folder is for the caller to sync."""
+    with replacing(path) as fd:
+        write_all(fd, data)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of `source` (links followed) as `replace_file` writes; keeps that it may be executed."""
-    with source.open("rb") as file, partial(target).open("wb") as copy:
-        for piece in read_pieces(file.fileno(), 0, os.fstat(file.fileno()).st_size):
-            copy.write(piece)
-        mode = os.fstat(copy.fileno()).st_mode
-        if os.fstat(file.fileno()).st_mode & 0o111:
-            os.fchmod(copy.fileno(), mode | (mode & 0o444) >> 2)
-        copy.flush()
-        os.fsync(copy.fileno())
-    partial(target).replace(target)
+    with opened(source, os.O_RDONLY) as file, replacing(target) as copy:
+        for piece in read_pieces(file, 0, os.fstat(file).st_size):
+            write_all(copy, piece)
+        mode = os.fstat(copy).st_mode
+        if os.fstat(file).st_mode & 0o111:
+            os.fchmod(copy, mode | (mode & 0o444) >> 2)
 
 
 def lock_folder(path: Path) -> tuple[int, bool]:

@@ -208,10 +208,7 @@ class Journal:
 
     def append(self, finished: Sequence[TensorFacts]) -> None:
         """Record tensors whose bytes are synced, and sync the record."""
-        data = b"".join(_line({"tensor": asdict(facts)}) for facts in finished)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        files.write_all(self._fd, b"".join(_line({"tensor": asdict(facts)}) for facts in finished))
         os.fsync(self._fd)
 
     def close(self) -> None:

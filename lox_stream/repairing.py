@@ -23,7 +23,7 @@ from lox_stream.planning import Plan
 from lox_stream.resuming import Damage, Survey, agreed, resumable
 from lox_stream.sampling import options_of
 from lox_stream.sealing import opened
-from lox_stream.shards import Shard, is_regular, written_bytes
+from lox_stream.shards import Shard, is_regular, written_bytes, written_start
 from lox_stream.verifying import Check, Span, check_files, check_shard
 from lox_stream.writer import is_own
 
@@ -73,10 +73,7 @@ def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: 
     lost = [Damage(info.name, shard.name) for info in finished] or [Damage(shard.name, shard.name)]
     if not (folder / name).exists() or not is_regular(folder / name):
         return lost
-    spans = [
-        Span(info.name, info.start if info.place is None else info.place, info.n_bytes, known[info.name].checksum)
-        for info in finished
-    ]
+    spans = [Span(info.name, written_start(info), info.n_bytes, known[info.name].checksum) for info in finished]
     failed = []
     for check in check_shard(folder, name, written_bytes(shard), len(shard.header), shard.header_hash, spans):
         seen(check)

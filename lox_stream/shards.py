@@ -102,6 +102,11 @@ def header_of(entries: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, s
     return len(text).to_bytes(8, "little") + text
 
 
+def written_start(tensor: TensorInfo) -> int:
+    """Offset of a tensor's first byte in the file that is written."""
+    return tensor.start if tensor.place is None else tensor.place
+
+
 def parse_json(data: bytes) -> tuple[Any, tuple[str, ...]]:
     """The value and the keys that occur twice in one object; raises ValueError for anything but UTF-8 JSON."""
     repeated: list[str] = []

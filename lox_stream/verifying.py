@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
-
 from lox_stream import files
 from lox_stream.manifest import joined, read_manifest, stamp_of
 from lox_stream.names import is_plain_relative, listing, printable, shown
@@ -176,7 +174,7 @@ def check_shard(
     try:
         with path.open("rb") as file:
             fd = file.fileno()
-            found = _hash(fd, 0, n_header)
+            found = files.checksum_of(fd, 0, n_header)
             if found != header_hash:
                 problem = f"its header (bytes 0 to {n_header}) has xxh3_128 {found}, expected {printable(header_hash)}"
                 yield Check(name, False, f"{printable(path)}: {problem}. {DAMAGED}", n_header, name, "header")
@@ -191,7 +189,7 @@ def check_shard(
 
 
 def _tensor(fd: int, path: Path, file: str, span: Span) -> Check:
-    found = _hash(fd, span.start, span.n_bytes)
+    found = files.checksum_of(fd, span.start, span.n_bytes)
     files.drop_cache(fd, span.start, max(1, span.n_bytes))
     message = ""
     if found != span.checksum:
@@ -199,10 +197,3 @@ def _tensor(fd: int, path: Path, file: str, span: Span) -> Check:
         problem = f"{printable(span.name)} ({where}) has xxh3_128 {found}, expected {printable(span.checksum)}"
         message = f"{printable(path)}: {problem}. {DAMAGED}"
     return Check(span.name, not message, message, span.n_bytes, file, "tensor", span.start)
-
-
-def _hash(fd: int, start: int, n_bytes: int) -> str:
-    digest = xxhash.xxh3_128()
-    for piece in files.read_pieces(fd, start, n_bytes):
-        digest.update(piece)
-    return digest.hexdigest()

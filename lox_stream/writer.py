@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lox_stream import files
-from lox_stream.checkpoint import Shard, companion_path, index_names
+from lox_stream.checkpoint import Shard, TensorInfo, companion_path, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
@@ -26,9 +26,14 @@ from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import GO_ON, Place
 from lox_stream.planning import Plan, output_names
 from lox_stream.resuming import Survey, resumable
-from lox_stream.shards import written_bytes
+from lox_stream.shards import written_bytes, written_start
 
 AGAIN = "Choose another --out, or run the same command again."
+
+
+def _holds(fd: int, tensor: TensorInfo, facts: TensorFacts) -> bool:
+    """Whether a file holds the bytes of a finished tensor."""
+    return files.checksum_of(fd, written_start(tensor), tensor.n_bytes) == facts.checksum
 
 
 def is_own(path: Path) -> bool:
@@ -87,6 +92,7 @@ class Output:
                     self._retract()
                 for shard in self.plan.written.shards:
                     self._reserve(shard, stack, undo)
+                self._sync_names()  # a record of a tensor outlives no name of its file
                 undo.pop_all()
             self._committer = Committer(self._journal)
             self._stack = stack.pop_all()
@@ -138,7 +144,10 @@ class Output:
         return Replay(state.header | {"options": new["options"]}, state.sessions, kept)
 
     def _kept(self, shard: Shard, finished: Mapping[str, TensorFacts]) -> bool:
-        """Whether the shard's file is the one that the journal's records speak of."""
+        """Whether the shard's file is the one that the journal's records speak of.
+
+        Under its final name it may also be that of an output which was to be replaced: each byte is looked at.
+        """
         final = self.folder / shard.name
         whole = all(tensor.name in finished for tensor in shard.tensors)
         path = final if whole and not files.partial(final).exists() else files.partial(final)
@@ -146,6 +155,8 @@ class Output:
             return False
         with path.open("rb") as file:
             same = file.read(len(shard.header)) == shard.header
+            if same and path == final:
+                same = all(_holds(file.fileno(), tensor, finished[tensor.name]) for tensor in shard.tensors)
         if same and path == final:
             self._renamed.add(shard.name)
         return same
@@ -207,7 +218,7 @@ class Output:
         return Place(
             self._fds[shard.name],
             files.partial(self.folder / shard.name),
-            tensor.start if tensor.place is None else tensor.place,
+            written_start(tensor),
             tensor.n_bytes,
         )
 
@@ -254,10 +265,12 @@ class Output:
             files.sync_folder(target.parent)
 
     def _rename_shards(self) -> None:
-        paths = [self.folder / name for name in self._fds]
-        for path in paths:
-            files.partial(path).replace(path)
-        for folder in {path.parent for path in paths} | {self.folder}:
+        for name in self._fds:
+            files.partial(self.folder / name).replace(self.folder / name)
+        self._sync_names()
+
+    def _sync_names(self) -> None:
+        for folder in {(self.folder / name).parent for name in self._fds} | {self.folder}:
             files.sync_folder(folder)
 
     def __exit__(

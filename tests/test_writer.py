@@ -298,6 +298,38 @@ def test_a_partial_file_that_was_deleted_is_made_again(pair: Plan) -> None:
     assert (pair.out / shard.name).read_bytes() == shard.path.read_bytes()
 
 
+def test_a_resume_does_not_take_the_old_output_for_the_new_one(pair: Plan) -> None:
+    run(pair)
+    for shard in pair.aligned.shards:
+        (pair.out / shard.name).write_bytes(shard.header + b"old" + shard.path.read_bytes()[len(shard.header) + 3 :])
+    with Output(pair, overwrite=True) as output:
+        for name in pair.aligned.tensors:
+            copy_tensor(output, name)
+    for shard in pair.aligned.shards:  # all tensors have their records; a folder that was not synced lost the files
+        files.partial(pair.out / shard.name).unlink()
+    assert run(pair, resume=True) == list(pair.aligned.tensors)
+    for shard in pair.aligned.shards:
+        assert (pair.out / shard.name).read_bytes() == shard.path.read_bytes()
+
+
+def test_the_names_of_the_partial_files_are_synced_before_any_record(
+    pair: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    make, sync, append = os.open, files.sync_folder, committer.Journal.append
+
+    def opening(path: Path, flags: int, *mode: int) -> int:
+        events.append(Path(path).name)
+        return make(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(files, "sync_folder", lambda path: (sync(path), events.append("synced")))
+    monkeypatch.setattr(committer.Journal, "append", lambda *args: (events.append("record"), append(*args)))
+    run(pair)
+    begun = [events.index(files.partial(pair.out / shard.name).name) for shard in pair.aligned.shards]
+    assert "synced" in events[max(begun) : events.index("record")]
+
+
 @pytest.mark.parametrize("damage", [lambda data: b"\x00" * len(data), lambda data: data[:-1]], ids=["header", "size"])
 def test_a_partial_file_that_is_not_the_journals_is_made_again(pair: Plan, damage: Callable[[bytes], bytes]) -> None:
     start(pair, *pair.aligned.tensors)

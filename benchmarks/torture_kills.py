@@ -1,0 +1,123 @@
+"""kill -9 at random moments: of new runs, runs over a finished output, repairs, and the resumed runs that follow.
+
+A moment is a time, uniform over what a run takes, or the n-th call that changes the disk: before it, after it, or with
+half of a write done. After each kill nothing false may be shown; after the last resume no byte may differ.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from torture_seam import Killer, Seam, changes
+from torture_world import (
+    JOURNAL,
+    Content,
+    Ended,
+    Outcome,
+    World,
+    commit_often,
+    content,
+    fresh,
+    must,
+    require_nothing_false,
+    require_same,
+    rng_of,
+    stage,
+)
+
+WAYS = {"new": (), "overwrite": ("--overwrite",), "repair": ("--resume", "--repair")}
+WORDS = {
+    (): "new runs",
+    ("--overwrite",): "runs over a finished output",
+    ("--resume",): "resumed runs",
+    WAYS["repair"]: "repairs",
+}
+BATCHES = (1, 20_000, 1 << 30)  # bytes after which a run journals
+MOST_KILLS = 4  # of one output
+
+
+class Kills:
+    """The cases of this part; each is one output, killed again and again on its way."""
+
+    part = "kills"
+    cases = None
+
+    def __init__(self, worlds: list[World], folder: Path, seed: int) -> None:
+        self._worlds, self._folder, self._seed = worlds, folder, seed
+        self._measured: dict[tuple[str, str], tuple[int, float]] = {}
+
+    def case(self, number: int, outcome: Outcome) -> None:
+        """Raises Law."""
+        rng = rng_of(self._seed, self.part, number)
+        world, way = self._worlds[number % len(self._worlds)], rng.choice([*WAYS])
+        calls, run_s = self._measure(world, way)
+        out = begun(world, way, self._folder / "out", rng)
+        before = None if way == "new" else content(out)
+        flags = WAYS[way]
+        outcome.count("outputs", f"outputs of {world.shape.name}", f"outputs by {way}")
+        for _ in range(rng.randint(1, MOST_KILLS)):
+            ended, moment = killed(world, out, flags, rng, calls, run_s)
+            found = content(out)
+            require_nothing_false(found, world, before)
+            if ended.code != -signal.SIGKILL:
+                must(ended)
+                break
+            where = "during a repair" if way == "repair" else stage(found, world)
+            outcome.count("kills", f"kills at a {moment}", f"kills {where}", f"kills of {WORDS[flags]}")
+            flags = going_on(found, world, way)
+            if not flags:
+                break
+        else:
+            must(world.run(out, *flags))
+        require_same(content(out), world.reference, "after the last run")
+
+    def _measure(self, world: World, way: str) -> tuple[int, float]:
+        """How many calls that change the disk a run makes when it journals each tensor, and its seconds."""
+        key = world.shape.name, way
+        if key not in self._measured:
+            out = begun(world, way, self._folder / "measured", random.Random(0))
+            started = time.monotonic()
+            names = world.calls(out, *WAYS[way], counts=changes)
+            self._measured[key] = len(names), time.monotonic() - started
+        return self._measured[key]
+
+
+def begun(world: World, way: str, out: Path, rng: random.Random) -> Path:
+    """The folder as it is before the first run."""
+    if way == "new":
+        return fresh(out)
+    fresh(out, world.root / ("old" if way == "overwrite" else "reference"))
+    for name in world.weights if way == "repair" else ():
+        data = bytearray((out / name).read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (out / name).write_bytes(data)
+    return out
+
+
+def killed(
+    world: World, out: Path, flags: tuple[str, ...], rng: random.Random, calls: int, run_s: float
+) -> tuple[Ended, str]:
+    """A run that is killed at a random moment, if it lasts so long, and what kind of moment that was."""
+    batch = rng.choice(BATCHES)
+    if rng.random() < 0.4:
+        return world.run(out, *flags, before=lambda: commit_often(batch), kill_s=rng.uniform(0, run_s)), "time"
+    how, moment = rng.choice(["before", "after", "half"]), rng.randrange(calls)
+
+    def before() -> None:
+        commit_often(batch)
+        Seam(out, Killer(moment, how)).install()
+
+    return world.run(out, *flags, before=before), f"call, {how} it"
+
+
+def going_on(found: Content, world: World, way: str) -> tuple[str, ...]:
+    """How the run is taken up again by who finds this in the folder; () where it is finished."""
+    if way == "repair":
+        return WAYS["repair"]
+    if JOURNAL in found or way == "new":
+        return () if found == world.reference else ("--resume",)
+    return () if found == world.reference else WAYS["overwrite"]

@@ -1,0 +1,312 @@
+"""What all parts of the torture harness share: small pairs of several shapes, runs in forked children, and the laws.
+
+torch is imported once and never used before a fork: a child costs milliseconds, where a new interpreter costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torture_seam import Counter, Seam
+
+from lox_stream import Options, api, cli_run, committer, rendering  # noqa: F401  imported here, once for all children
+from lox_stream.cli import commands
+from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
+from lox_stream.sealing import opened
+from lox_stream.synthetic import llama_shapes, write_pair
+
+INDEX = "model.safetensors.index.json"
+HANGS_S = 120.0
+VOLATILE = ("times", "seal", "warnings")  # of a manifest
+Content = dict[str, bytes]
+
+
+class Law(Exception):
+    """A case broke a law; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A kind of checkpoint and of run."""
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    shards: int = 1
+    torch_file: bool = False  # aligned is a pytorch_model.bin
+    options: Mapping[str, str | int] = field(default_factory=dict)
+
+
+MANY = {f"layers.{i}.{kind}.weight": (16, 16) if kind != "norm" else (16,) for i in range(24) for kind in ("q", "norm")}
+SHAPES = (
+    Shape("one file", llama_shapes(48, 96, 1, 160)),
+    Shape("three shards", llama_shapes(48, 64, 2, 96), 3),
+    Shape("many small tensors", MANY, 2),
+    Shape("pytorch_model.bin", llama_shapes(48, 96, 1, 160), torch_file=True),
+    Shape("stochastic rounding", llama_shapes(48, 64, 1, 96), 2, options={"rounding": "stochastic", "seed": 7}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended: its exit code, or minus the signal that killed it; what it said on stdout and stderr."""
+
+    code: int
+    said: str
+
+
+class World:
+    """One shape's inputs and what its runs have to end in; made once, below `root`."""
+
+    def __init__(self, root: Path, shape: Shape) -> None:
+        self.shape, self.root = shape, root
+        self.options = Options(threads=2, **shape.options)  # type: ignore[arg-type]
+        self.base, self.aligned, self.inputs = root / "base", root / "aligned", Content()
+        must(in_child(lambda: self._make(), root / "said"))
+        self.inputs = content(self.base) | {f"aligned/{name}": data for name, data in content(self.aligned).items()}
+        self.reference = self._finished("reference")
+        self.old = self._finished("old", "--alpha", "0.5")
+        self.weights = tuple(name for name in self.reference if name.endswith(".safetensors"))
+        assert all(self.old[name] != self.reference[name] for name in self.weights), "an old output is another one"
+
+    def _make(self) -> int:
+        write_pair(self.root, self.shape.shapes, aligned_shards=self.shape.shards)
+        if self.shape.torch_file:
+            from safetensors.torch import load_file
+
+            torch.save(load_file(self.aligned / "model.safetensors"), self.aligned / "pytorch_model.bin")
+            (self.aligned / "model.safetensors").unlink()
+        (self.aligned / "code").mkdir()
+        (self.aligned / "code" / "run.sh").write_text("#!/bin/sh\n")
+        (self.aligned / "code" / "run.sh").chmod(0o755)
+        (self.aligned / "tokenizer.json").write_text(json.dumps({"vocabulary": list(range(3000))}))
+        (self.aligned / "README.md").write_text("---\nlicense: mit\n---\n# aligned\n")
+        return 0
+
+    def _finished(self, name: str, *more: str) -> Content:
+        must(self.run(self.root / name, *more))
+        return content(self.root / name)
+
+    def arguments(self, out: Path, *more: str) -> list[str]:
+        """Of the command line, with two threads."""
+        paths = [f"--base={self.base}", f"--aligned={self.aligned}", f"--out={out}"]
+        given = [f"--{name}={value}" for name, value in self.shape.options.items()]
+        return ["run", *paths, "--threads=2", "--quiet", *given, *more]
+
+    def run(
+        self, out: Path, *more: str, before: Callable[[], object] = lambda: None, kill_s: float | None = None
+    ) -> Ended:
+        """Run the command in a child, which calls `before` first; killed after `kill_s` seconds if it lasts so long."""
+
+        def work() -> int:
+            before()
+            return command(self.arguments(out, *more))
+
+        return in_child(work, out.with_name(out.name + ".said"), kill_s=kill_s)
+
+    def calls(
+        self, out: Path, *more: str, counts: Callable[[str, tuple[Any, ...]], bool], root: Path | None = None
+    ) -> list[str]:
+        """The calls below `root` (or `out`) that a run makes which journals each tensor, in order."""
+
+        def work() -> list[str]:
+            counter = Counter(counts)
+            commit_often(1)
+            Seam(root or out, counter).install()
+            command(self.arguments(out, *more))
+            return counter.names
+
+        return found_by_child(work, self.root)
+
+
+def command(arguments: list[str]) -> int:
+    """The exit code of a command line."""
+    try:
+        commands.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def fork(work: Callable[[], int]) -> int:
+    """The process id of a child that does `work` and ends with its result as exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        code = work()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def in_child(work: Callable[[], int], said: Path, kill_s: float | None = None) -> Ended:
+    """Let a child do `work`, whose result is its exit code; what it prints goes to the file `said`.
+
+    Killed after `kill_s` seconds if it lasts so long; where that is None it must not last HANGS_S.
+    """
+
+    def quietly() -> int:
+        fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        return work()
+
+    pid = fork(quietly)
+    wait_s = HANGS_S if kill_s is None else kill_s
+    started, done, status = time.monotonic(), 0, 0
+    while done == 0 and time.monotonic() - started < wait_s:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done == 0:
+            time.sleep(0.001)
+    if done == 0:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if kill_s is None:
+            raise Law(f"hangs: not at its end after {HANGS_S:.0f} s; it said: {said.read_text()[-500:]}")
+    return Ended(os.waitstatus_to_exitcode(status), said.read_text(errors="replace") if said.exists() else "")
+
+
+def found_by_child(work: Callable[[], Any], folder: Path) -> Any:
+    """What `work` returns, computed in a child."""
+    result = folder / "result.pickle"
+    must(in_child(lambda: result.write_bytes(pickle.dumps(work())) and 0, folder / "said"))
+    return pickle.loads(result.read_bytes())
+
+
+def must(ended: Ended) -> None:
+    """Raise Law for anything but success."""
+    if ended.code != 0:
+        raise Law(f"exit code {ended.code}: {ended.said[-1500:]}")
+
+
+def content(folder: Path) -> Content:
+    """Every file of a folder; of a manifest what does not change from run to run."""
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+    if MANIFEST in found:
+        found[MANIFEST] = lasting(found[MANIFEST])
+    return found
+
+
+def lasting(manifest: bytes) -> bytes:
+    """A manifest without times and warnings; one that is not whole stays as it is."""
+    seal = opened(manifest)
+    if seal.state == "broken":
+        return manifest
+    document = {name: value for name, value in json.loads(manifest).items() if name not in VOLATILE}
+    for row in document["tensors"].values():
+        row.pop("elapsed_s", None)
+    return json.dumps(document).encode()
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def fresh(folder: Path, source: Path | None = None) -> Path:
+    """The folder, empty and absent, or a copy of `source`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if source is not None:
+        shutil.copytree(source, folder)
+    return folder
+
+
+def require_same(found: Content, expected: Content, what: str) -> None:
+    """Raise Law where a file differs, is missing or is too many."""
+    if found != expected:
+        wrong = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+        raise Law(f"{what}: {len(wrong)} files differ: {', '.join(wrong[:4])}")
+
+
+def require_nothing_false(found: Content, world: World, old: Content | None = None) -> None:
+    """An index or a manifest stands only over weights that are whole and of one run; so does each file of weights."""
+    allowed = [version for version in (world.reference, old) if version is not None]
+    weights = {name: found.get(name) for name in world.weights}
+    for name, data in weights.items():
+        if data is not None and data not in [version[name] for version in allowed]:
+            raise Law(f"{name} is under its final name, and not whole")
+    if INDEX in found or MANIFEST in found:
+        fitting = [version for version in allowed if all(weights[name] == version[name] for name in weights)]
+        if not fitting:
+            raise Law("an index or a manifest stands over weights that are not whole, or of two runs")
+        for name in {INDEX, MANIFEST} & found.keys():
+            if all(found[name] != version.get(name) for version in fitting):
+                raise Law(f"{name} is not that of the weights")
+
+
+def stage(found: Content, world: World) -> str:
+    """How far a run had come that left this; of a run that makes all tensors."""
+    if JOURNAL not in found:
+        return "after the journal" if found == world.reference else "before the journal"
+    if MANIFEST in found:
+        return "after the manifest"
+    if INDEX in found:
+        return "after the index"
+    finished = found[JOURNAL].count(b'\n{"tensor":')
+    if finished < len(world.shape.shapes):
+        return "while tensors were written" if finished else "before the first record"
+    whole = all(name + PARTIAL in found for name in world.weights)
+    return "while companions were copied" if whole else "while weights were renamed"
+
+
+def require_inputs_untouched(world: World) -> None:
+    now = content(world.base) | {f"aligned/{name}": data for name, data in content(world.aligned).items()}
+    require_same(now, world.inputs, "the inputs were touched")
+
+
+def commit_often(n_bytes: int) -> None:
+    """Let a run journal after so many bytes: the tensors here are small, and would all be in one batch."""
+    committer.BATCH_BYTES = n_bytes
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the cases of one part came to."""
+
+    part: str
+    cases: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # case -> what went wrong
+    skipped: list[str] = field(default_factory=list)  # what could not be tried here, and why
+    elapsed_s: float = 0.0
+
+    def count(self, *what: str) -> None:
+        for name in what:
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def add(self, other: Outcome) -> None:
+        self.cases += other.cases
+        for name, number in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + number
+        self.failures |= other.failures
+        self.skipped += [reason for reason in other.skipped if reason not in self.skipped]
+
+
+def rng_of(seed: int, part: str, case: int) -> random.Random:
+    return random.Random(f"{seed} {part} {case}")
