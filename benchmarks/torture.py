@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness import Table, cores, finish, say
+from torture_faults import Faults
 from torture_kills import Kills
 from torture_power import Power
 from torture_world import SHAPES, Law, Outcome, World, fork, require_inputs_untouched
@@ -38,21 +39,21 @@ class Part(Protocol):
     part: str
     cases: int | None
 
-    def case(self, number: int, outcome: Outcome) -> None: ...
+    def case(self, number: int, folder: Path, outcome: Outcome) -> None: ...
 
 
 PARTS: dict[str, tuple[Callable[[list[World], Path, int], Part], float, str]] = {  # made by, share of the time, what
     "kills": (Kills, 0.35, "kill -9, and the last resume leaves no byte that differs"),
     "power": (Power, 0.35, "power fails, and what a POSIX file system may leave is whole or can be taken up"),
+    "faults": (Faults, 0.3, "errors of the system at every call: one message, and the next run is right"),
 }
 
 
-def tortured(make: Callable[[], Part], job: int, jobs: int, until_s: float) -> Outcome:
+def tortured(part: Part, folder: Path, job: int, jobs: int, until_s: float) -> Outcome:
     """Every `jobs`-th case from `job` on, until the time is over or there are no more."""
-    part = make()
     outcome, number, started = Outcome(part.part), job, time.monotonic()
     while time.monotonic() < until_s and (part.cases is None or number < part.cases):
-        problem = _problem(part, number, outcome)
+        problem = _problem(part, number, folder, outcome)
         if problem:
             outcome.failures[f"--only {part.part} --case {number}"] = problem
             say(f"torture: {part.part} {number}: {problem[:300]}")
@@ -64,9 +65,9 @@ def tortured(make: Callable[[], Part], job: int, jobs: int, until_s: float) -> O
     return outcome
 
 
-def _problem(part: Part, number: int, outcome: Outcome) -> str:
+def _problem(part: Part, number: int, folder: Path, outcome: Outcome) -> str:
     try:
-        part.case(number, outcome)
+        part.case(number, folder, outcome)
     except Law as error:
         return str(error)
     except Exception as error:
@@ -77,15 +78,15 @@ def _problem(part: Part, number: int, outcome: Outcome) -> str:
 
 def torture(name: str, worlds: list[World], folder: Path, seed: int, jobs: int, seconds: float) -> Outcome:
     """One part, by several processes."""
-    make = PARTS[name][0]
     started = time.monotonic()
+    part = PARTS[name][0](worlds, folder, seed)
     pids = {}
     for job in range(jobs):
         own = folder / f"{name}-{job}"
         own.mkdir()
 
         def work(job: int = job, own: Path = own) -> int:
-            outcome = tortured(lambda: make(worlds, own, seed), job, jobs, started + seconds)
+            outcome = tortured(part, own, job, jobs, started + seconds)
             (own / "outcome.pickle").write_bytes(pickle.dumps(outcome))
             return 0
 
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             worlds.append(World(folder / f"world-{number}", shape))
         if args.case is not None:
             outcome = Outcome(args.only)
-            PARTS[args.only][0](worlds, folder, args.seed).case(args.case, outcome)
+            PARTS[args.only][0](worlds, folder, args.seed).case(args.case, folder, outcome)
             print(outcome.counts)
             return 0
         chosen = [args.only] if args.only else [*PARTS]

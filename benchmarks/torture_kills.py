@@ -11,30 +11,19 @@ import signal
 import time
 from pathlib import Path
 
+from torture_runs import WAYS, WORDS, begun, going_on, require_nothing_false, shown_before, stage
 from torture_seam import Killer, Seam, changes
 from torture_world import (
-    JOURNAL,
-    Content,
     Ended,
     Outcome,
     World,
     commit_often,
     content,
-    fresh,
     must,
-    require_nothing_false,
     require_same,
     rng_of,
-    stage,
 )
 
-WAYS = {"new": (), "overwrite": ("--overwrite",), "repair": ("--resume", "--repair")}
-WORDS = {
-    (): "new runs",
-    ("--overwrite",): "runs over a finished output",
-    ("--resume",): "resumed runs",
-    WAYS["repair"]: "repairs",
-}
 BATCHES = (1, 20_000, 1 << 30)  # bytes after which a run journals
 MOST_KILLS = 4  # of one output
 
@@ -46,16 +35,16 @@ class Kills:
     cases = None
 
     def __init__(self, worlds: list[World], folder: Path, seed: int) -> None:
-        self._worlds, self._folder, self._seed = worlds, folder, seed
+        self._worlds, self._seed = worlds, seed
         self._measured: dict[tuple[str, str], tuple[int, float]] = {}
 
-    def case(self, number: int, outcome: Outcome) -> None:
+    def case(self, number: int, folder: Path, outcome: Outcome) -> None:
         """Raises Law."""
         rng = rng_of(self._seed, self.part, number)
         world, way = self._worlds[number % len(self._worlds)], rng.choice([*WAYS])
-        calls, run_s = self._measure(world, way)
-        out = begun(world, way, self._folder / "out", rng)
-        before = None if way == "new" else content(out)
+        calls, run_s = self._measure(world, way, folder / "measured")
+        out = begun(world, way, folder / "out", rng)
+        before = shown_before(way, out)
         flags = WAYS[way]
         outcome.count("outputs", f"outputs of {world.shape.name}", f"outputs by {way}")
         for _ in range(rng.randint(1, MOST_KILLS)):
@@ -74,28 +63,15 @@ class Kills:
             must(world.run(out, *flags))
         require_same(content(out), world.reference, "after the last run")
 
-    def _measure(self, world: World, way: str) -> tuple[int, float]:
+    def _measure(self, world: World, way: str, out: Path) -> tuple[int, float]:
         """How many calls that change the disk a run makes when it journals each tensor, and its seconds."""
         key = world.shape.name, way
         if key not in self._measured:
-            out = begun(world, way, self._folder / "measured", random.Random(0))
+            begun(world, way, out, random.Random(0))
             started = time.monotonic()
             names = world.calls(out, *WAYS[way], counts=changes)
             self._measured[key] = len(names), time.monotonic() - started
         return self._measured[key]
-
-
-def begun(world: World, way: str, out: Path, rng: random.Random) -> Path:
-    """The folder as it is before the first run."""
-    if way == "new":
-        return fresh(out)
-    fresh(out, world.root / ("old" if way == "overwrite" else "reference"))
-    for name in world.weights if way == "repair" else ():
-        data = bytearray((out / name).read_bytes())
-        for _ in range(rng.randint(1, 3)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        (out / name).write_bytes(data)
-    return out
 
 
 def killed(
@@ -109,15 +85,6 @@ def killed(
 
     def before() -> None:
         commit_often(batch)
-        Seam(out, Killer(moment, how)).install()
+        Seam(Killer(moment, how), out).install()
 
     return world.run(out, *flags, before=before), f"call, {how} it"
-
-
-def going_on(found: Content, world: World, way: str) -> tuple[str, ...]:
-    """How the run is taken up again by who finds this in the folder; () where it is finished."""
-    if way == "repair":
-        return WAYS["repair"]
-    if JOURNAL in found or way == "new":
-        return () if found == world.reference else ("--resume",)
-    return () if found == world.reference else WAYS["overwrite"]

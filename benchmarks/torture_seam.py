@@ -20,14 +20,17 @@ from typing import Any
 
 CHANGING = (
     *("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fchmod", "fsync", "fdatasync"),
-    *("replace", "unlink", "mkdir"),
+    *("replace", "unlink", "mkdir", "close"),
 )
 READING = ("pread", "preadv", "read", "fstat", "stat", "listdir", "scandir", "mmap")
 SHORTENED = ("write", "pwrite", "pread", "preadv", "read")
 ERRORS = {  # which call can meet what, on Linux
     errno.EIO: (*CHANGING, *READING),
     errno.ENOSPC: ("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir"),
-    errno.EDQUOT: ("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir"),
+    errno.EDQUOT: (
+        *("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir"),
+        "close",  # of a network file system, which says there what it could not store
+    ),
     errno.EACCES: ("open", "replace", "unlink", "mkdir", "stat", "listdir", "scandir", "fchmod"),
     errno.EROFS: ("open", "replace", "unlink", "mkdir", "fchmod"),
     errno.ENOMEM: ("open", "mmap", "listdir", "scandir", "stat", "fstat", "mkdir"),
@@ -39,15 +42,14 @@ Around = Callable[[str, tuple[Any, ...], Callable[..., Any]], Any]
 
 
 class Seam:
-    """While installed, `around(name, args, real)` stands for each call that concerns a path or a file below `root`.
+    """While installed, `around(name, args, real)` stands for each call that concerns a path or a file below `roots`.
 
     Never taken out again: it is meant for a child that was forked.
     """
 
-    def __init__(self, root: Path, around: Around) -> None:
-        self._root = os.path.realpath(root) + os.sep
+    def __init__(self, around: Around, *roots: Path) -> None:
+        self._roots = tuple(os.path.realpath(root) + os.sep for root in roots)
         self._around = around
-        self._fds: dict[int, bool] = {}
 
     def install(self) -> None:
         for name in (*CHANGING, *READING):
@@ -65,7 +67,7 @@ class Seam:
         return call
 
     def concerns(self, what: Any) -> bool:
-        """Whether a path or a file descriptor lies below the folder; links count as what they lead to."""
+        """Whether a path or a file descriptor lies below the folders; links count as what they lead to."""
         if isinstance(what, int):
             try:
                 path = path_of(what)
@@ -73,7 +75,7 @@ class Seam:
                 return False
         else:
             path = os.path.normpath(Path.cwd() / os.fsdecode(what))
-        return (path + os.sep).startswith(self._root)
+        return (path + os.sep).startswith(self._roots)
 
     def _opener(self, real: Callable[..., Any]) -> Callable[..., Any]:
         around, concerns = self._around, self.concerns
@@ -129,7 +131,7 @@ def path_of(fd: int) -> str:
 
 def changes(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a call may change what is on the disk, or when it gets there."""
-    return name in CHANGING and (name != "open" or bool(args[1] & (os.O_CREAT | os.O_TRUNC)))
+    return name in CHANGING and name != "close" and (name != "open" or bool(args[1] & (os.O_CREAT | os.O_TRUNC)))
 
 
 class Counter:
@@ -184,6 +186,8 @@ class Fault(Counter):
         again = self._lasting and number > self._moment and name in ERRORS[self._code]
         if number != self._moment and not again:
             return real(*args)
+        if name == "close":
+            real(*args)  # the file is closed whatever is said
         if name == "mmap" or isinstance(args[0], int):
             raise OSError(self._code, os.strerror(self._code))
         raise OSError(self._code, os.strerror(self._code), os.fspath(args[0]))

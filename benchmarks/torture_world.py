@@ -14,17 +14,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torture_seam import Counter, Seam
+from torture_seam import Counter, Killer, Seam, changes
 
 from lox_stream import Options, api, cli_run, committer, rendering  # noqa: F401  imported here, once for all children
 from lox_stream.cli import commands
-from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
+from lox_stream.output_rules import MANIFEST
 from lox_stream.sealing import opened
 from lox_stream.synthetic import llama_shapes, write_pair
 
@@ -78,6 +78,7 @@ class World:
         self.inputs = content(self.base) | {f"aligned/{name}": data for name, data in content(self.aligned).items()}
         self.reference = self._finished("reference")
         self.old = self._finished("old", "--alpha", "0.5")
+        self._make_half()
         self.weights = tuple(name for name in self.reference if name.endswith(".safetensors"))
         assert all(self.old[name] != self.reference[name] for name in self.weights), "an old output is another one"
 
@@ -99,6 +100,18 @@ class World:
         must(self.run(self.root / name, *more))
         return content(self.root / name)
 
+    def _make_half(self) -> None:
+        """An output that was killed on its way, for resumed runs."""
+        out = self.root / "half"
+        moment = len(self.calls(out, counts=changes)) // 2
+        fresh(out)
+
+        def before() -> None:
+            commit_often(1)
+            Seam(Killer(moment, "before"), out).install()
+
+        self.run(out, before=before)
+
     def arguments(self, out: Path, *more: str) -> list[str]:
         """Of the command line, with two threads."""
         paths = [f"--base={self.base}", f"--aligned={self.aligned}", f"--out={out}"]
@@ -117,14 +130,18 @@ class World:
         return in_child(work, out.with_name(out.name + ".said"), kill_s=kill_s)
 
     def calls(
-        self, out: Path, *more: str, counts: Callable[[str, tuple[Any, ...]], bool], root: Path | None = None
+        self,
+        out: Path,
+        *more: str,
+        counts: Callable[[str, tuple[Any, ...]], bool] = lambda name, args: True,
+        roots: Sequence[Path] = (),
     ) -> list[str]:
-        """The calls below `root` (or `out`) that a run makes which journals each tensor, in order."""
+        """The calls below `roots` (or `out`) that a run makes which journals each tensor, in order."""
 
         def work() -> list[str]:
             counter = Counter(counts)
             commit_often(1)
-            Seam(root or out, counter).install()
+            Seam(counter, *(roots or [out])).install()
             command(self.arguments(out, *more))
             return counter.names
 
@@ -222,13 +239,6 @@ def lasting(manifest: bytes) -> bytes:
     return json.dumps(document).encode()
 
 
-def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
 def fresh(folder: Path, source: Path | None = None) -> Path:
     """The folder, empty and absent, or a copy of `source`."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -242,37 +252,6 @@ def require_same(found: Content, expected: Content, what: str) -> None:
     if found != expected:
         wrong = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
         raise Law(f"{what}: {len(wrong)} files differ: {', '.join(wrong[:4])}")
-
-
-def require_nothing_false(found: Content, world: World, old: Content | None = None) -> None:
-    """An index or a manifest stands only over weights that are whole and of one run; so does each file of weights."""
-    allowed = [version for version in (world.reference, old) if version is not None]
-    weights = {name: found.get(name) for name in world.weights}
-    for name, data in weights.items():
-        if data is not None and data not in [version[name] for version in allowed]:
-            raise Law(f"{name} is under its final name, and not whole")
-    if INDEX in found or MANIFEST in found:
-        fitting = [version for version in allowed if all(weights[name] == version[name] for name in weights)]
-        if not fitting:
-            raise Law("an index or a manifest stands over weights that are not whole, or of two runs")
-        for name in {INDEX, MANIFEST} & found.keys():
-            if all(found[name] != version.get(name) for version in fitting):
-                raise Law(f"{name} is not that of the weights")
-
-
-def stage(found: Content, world: World) -> str:
-    """How far a run had come that left this; of a run that makes all tensors."""
-    if JOURNAL not in found:
-        return "after the journal" if found == world.reference else "before the journal"
-    if MANIFEST in found:
-        return "after the manifest"
-    if INDEX in found:
-        return "after the index"
-    finished = found[JOURNAL].count(b'\n{"tensor":')
-    if finished < len(world.shape.shapes):
-        return "while tensors were written" if finished else "before the first record"
-    whole = all(name + PARTIAL in found for name in world.weights)
-    return "while companions were copied" if whole else "while weights were renamed"
 
 
 def require_inputs_untouched(world: World) -> None:

@@ -7,8 +7,9 @@ import time
 
 from lox_stream import files
 from lox_stream.facts import TensorFacts
+from lox_stream.files import GO_ON
 from lox_stream.journal import Journal
-from lox_stream.placing import GO_ON, Place
+from lox_stream.placing import Place
 
 BATCH_BYTES = 1 << 30  # finished tensors are synced and journalled together: this much work, or
 BATCH_S = 30.0  # this much time, is what a killed run loses

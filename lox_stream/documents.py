@@ -8,11 +8,11 @@ from typing import Any
 from lox_stream import files
 from lox_stream.checkpoint import PIPELINE_INDEX, companion_path, models_in
 from lox_stream.facts import TensorFacts
+from lox_stream.files import GO_ON
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
 from lox_stream.model_config import CONFIG, config_for
 from lox_stream.output_rules import MANIFEST, MODEL_CARD
-from lox_stream.placing import GO_ON
 from lox_stream.planning import Plan
 from lox_stream.sealing import sealed
 
@@ -29,7 +29,8 @@ def written_documents(
 
     Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
-    written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
+    with files.explained(plan.aligned.folder, "read its model card", GO_ON):
+        written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
     for model in models_in(plan.written):
         if model.index_name is not None:
             written[model.index_name] = as_json(corrected_index(model))

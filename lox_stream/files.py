@@ -16,9 +16,10 @@ from pathlib import Path
 import xxhash
 
 from lox_stream.c_library import c_function
-from lox_stream.errors import OutputError
+from lox_stream.errors import LoxError, OutputError
 from lox_stream.output_rules import PARTIAL
 
+GO_ON = "The work so far is kept: the same command with --resume goes on."
 CALL_BYTES = 1 << 30  # one write moves at most 2 GiB - 4 KiB on Linux; macOS refuses 2 GiB and more
 COPY_BYTES = 1 << 20
 NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -31,15 +32,15 @@ def partial(path: Path) -> Path:
 
 
 @contextmanager
-def explained(path: Path, doing: str, way_out: str) -> Iterator[None]:
-    """Turn what the operating system says into an OutputError: `path`: cannot `doing`, why, `way_out`."""
+def explained(path: Path, doing: str, way_out: str, kind: type[LoxError] = OutputError) -> Iterator[None]:
+    """Turn what the operating system says into an error of ours: `path`: cannot `doing`, why, `way_out`."""
     try:
         yield
     except OSError as error:
         first = "Free some space. " if error.errno in FULL else ""
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         at = f" ({named})" if named != path else ""
-        raise OutputError(f"{path}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error
+        raise kind(f"{path}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error
 
 
 def reserve(fd: int, n_bytes: int) -> None:
@@ -97,7 +98,7 @@ def sync_data(fd: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    with opened(path, os.O_RDONLY) as fd:
+    with opened(path) as fd:
         os.fsync(fd)
 
 
@@ -126,12 +127,18 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """A file descriptor, closed afterwards."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         yield fd
     finally:
+        close(fd)
+
+
+def close(fd: int) -> None:
+    """Close a file. Silent: what was not written was said when it was synced, and what was read was read."""
+    with contextlib.suppress(OSError):
         os.close(fd)
 
 
@@ -152,7 +159,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of `source` (links followed) as `replace_file` writes; keeps that it may be executed."""
-    with opened(source, os.O_RDONLY) as file, replacing(target) as copy:
+    with opened(source) as file, replacing(target) as copy:
         for piece in read_pieces(file, 0, os.fstat(file).st_size):
             write_all(copy, piece)
         mode = os.fstat(copy).st_mode

@@ -21,7 +21,7 @@ import xxhash
 
 from lox_stream import files
 from lox_stream.checkpoint import Checkpoint, Shard, files_of
-from lox_stream.errors import ResumeError
+from lox_stream.errors import DataError, ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import printable, shown
 from lox_stream.options import Options, is_gpu
@@ -130,13 +130,17 @@ def _shards(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def sample_hash(shard: Shard) -> str:
-    """xxh3_64 of sixteen pieces spread over the weights: all models of one architecture have the same header."""
+    """xxh3_64 of sixteen pieces spread over the weights: all models of one architecture have the same header.
+
+    Raises DataError for a file that cannot be read any more.
+    """
     digest = xxhash.xxh3_64()
     first = len(shard.header)
-    with shard.path.open("rb", buffering=0) as file:
+    with files.explained(shard.path, "read it", files.GO_ON, DataError), files.opened(shard.path) as fd:
         for i in range(SAMPLE_PIECES):
-            file.seek(first + (shard.size_bytes - first) * i // SAMPLE_PIECES)
-            digest.update(file.read(SAMPLE_BYTES))
+            start = first + (shard.size_bytes - first) * i // SAMPLE_PIECES
+            for piece in files.read_pieces(fd, start, SAMPLE_BYTES):
+                digest.update(piece)
     return digest.hexdigest()
 
 
@@ -212,7 +216,7 @@ class Journal:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        files.close(self._fd)
 
     def remove(self) -> None:
         """Delete the file: the run is finished. The folder is for the caller to sync."""

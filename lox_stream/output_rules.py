@@ -42,14 +42,31 @@ def output_problems(
     `catalogue` is the opened aligned checkpoint; None where that failed: then only the folder itself is checked. Too
     little space is a warning where the plan is `dry`.
     """
+    try:
+        return _looked_at(out, base, aligned, catalogue, resume=resume, overwrite=overwrite, repair=repair, dry=dry)
+    except OSError as error:
+        at = f" ({printable(error.filename)})" if error.filename else ""
+        found = f"{printable(out)}: cannot be looked at: {error.strerror}{at}"
+        return [f"{found}. Choose another --out or change its permissions"], []
+
+
+def _looked_at(
+    out: Path,
+    base: Path,
+    aligned: Path,
+    catalogue: Checkpoint | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    repair: bool,
+    dry: bool,
+) -> tuple[list[str], list[str]]:
+    """As `output_problems`; raises OSError."""
     shown = printable(out)
     problems = _place_problems(out, {"base": base, "aligned": aligned})
     if problems:
         return problems, []
-    try:
-        held = held_names(out, output_names(catalogue) if catalogue is not None else ())
-    except OSError as error:
-        return [f"{shown}: cannot be listed: {error.strerror}. Choose another --out or change its permissions"], []
+    held = held_names(out, output_names(catalogue) if catalogue is not None else ())
     warnings: list[str] = []
     if repair and not {JOURNAL, MANIFEST} & {*held}:
         return [_unknown(out, held)], []

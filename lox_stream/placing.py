@@ -8,8 +8,7 @@ from pathlib import Path
 import xxhash
 
 from lox_stream import files
-
-GO_ON = "The work so far is kept: the same command with --resume goes on."
+from lox_stream.files import GO_ON
 
 
 class Place:

@@ -22,6 +22,7 @@ from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
 from lox_stream.regions import matrix_count, parts_of_each
 from lox_stream.rewriting import output_dtypes, rewritten
+from lox_stream.shards import unreadable
 
 __all__ = ["Options", "Plan", "Step", "check_options", "memory_needed", "output_names", "plan", "plan_summary"]
 
@@ -248,8 +249,11 @@ class _Problems:
         try:
             return open_checkpoint(path)
         except CheckpointError as error:
-            self.input += [f"{side}: {problem}" for problem in error.problems]
-            return None
+            problems: Sequence[str] = error.problems
+        except OSError as error:
+            problems = [unreadable(Path(error.filename or path), error)]
+        self.input += [f"{side}: {problem}" for problem in problems]
+        return None
 
     def open_adapter(self, path: str | Path) -> Adapter | None:
         """The same of an adapter."""

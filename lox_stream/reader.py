@@ -5,6 +5,7 @@ The mapped pages belong to the page cache, not to this process, and are given ba
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -13,18 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lox_stream import files
 from lox_stream.c_library import c_function
 from lox_stream.checkpoint import TensorInfo
 from lox_stream.errors import Cancelled, DataError
+from lox_stream.names import printable
 from lox_stream.planning import Step
 from lox_stream.regions import Region
 
+READ_AGAIN = "Check the disk; what is finished is kept, go on with --resume"
 CHUNK_BYTES = 1 << 18  # stays in a core's cache, where the copy is not missed
 
 TORCH_DTYPES = {
@@ -76,16 +79,17 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
     Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them.
     """
     start = _page(info.start)
-    with _open(info.path) as fd:
+    with _open(info) as fd:
         _check_size(fd, info)
         access = mmap.PROT_READ | mmap.PROT_WRITE  # copy on write: torch warns of memory that cannot be written
-        view = mmap.mmap(fd, info.start + info.n_bytes - start, mmap.MAP_PRIVATE, access, offset=start)
+        with files.explained(info.path, f"map {printable(info.name)}", READ_AGAIN, DataError):
+            view = mmap.mmap(fd, info.start + info.n_bytes - start, mmap.MAP_PRIVATE, access, offset=start)
         try:
             yield memoryview(view)[info.start - start :]
         finally:
             if hasattr(os, "posix_fadvise"):  # which does nothing to pages that are still mapped and touched
                 view.madvise(mmap.MADV_DONTNEED)
-                os.posix_fadvise(fd, start, info.start + info.n_bytes - start, os.POSIX_FADV_DONTNEED)
+                files.drop_cache(fd, start, info.start + info.n_bytes - start)
 
 
 class Prefetch:
@@ -151,20 +155,15 @@ class Prefetch:
             self._fetch(info, buffer)
 
     def _fetch(self, info: TensorInfo, buffer: memoryview) -> None:
-        with _open(info.path) as fd:
+        with _open(info) as fd:
             _check_size(fd, info)
             done = info.n_bytes if _resident(fd, info) else 0
             while done < info.n_bytes:
                 if self._closed:
                     raise Cancelled("stopped on request")
                 want = min(len(buffer), info.n_bytes - done)
-                try:
+                with files.explained(info.path, _reading(info, info.start + done), READ_AGAIN, DataError):
                     got = os.preadv(fd, [buffer[:want]], info.start + done)
-                except OSError as problem:
-                    raise DataError(
-                        f"{info.name}: reading {info.path} at byte {info.start + done} failed: {problem.strerror}. "
-                        "Check the disk; what is finished is kept, go on with --resume"
-                    ) from problem
                 if got == 0:
                     raise _cut(info, info.start + done)
                 done += got
@@ -183,10 +182,13 @@ def _resident(fd: int, info: TensorInfo) -> bool:
     start = _page(info.start)
     size = info.start + info.n_bytes - start
     states = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
-    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start) as view:
-        first = ctypes.c_ubyte.from_buffer(view)
-        failed = mincore(ctypes.byref(first), ctypes.c_size_t(size), ctypes.c_void_p(states.ctypes.data))
-        del first  # or the map could not be closed
+    try:
+        with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start) as view:
+            first = ctypes.c_ubyte.from_buffer(view)
+            failed = mincore(ctypes.byref(first), ctypes.c_size_t(size), ctypes.c_void_p(states.ctypes.data))
+            del first  # or the map could not be closed
+    except OSError:  # the map that the work needs will say it
+        return False
     return not failed and bool((states & 1).all())
 
 
@@ -196,21 +198,20 @@ def _page(offset: int) -> int:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as problem:
-        raise DataError(
-            f"{path}: cannot be opened any more: {problem.strerror}. Put it back and go on with --resume"
-        ) from problem
-    try:
+def _open(info: TensorInfo) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        with files.explained(info.path, "open it any more", "Put it back and go on with --resume", DataError):
+            fd = stack.enter_context(files.opened(info.path))
         yield fd
-    finally:
-        os.close(fd)
+
+
+def _reading(info: TensorInfo, at: int) -> str:
+    return f"read {printable(info.name)} at byte {at}"
 
 
 def _check_size(fd: int, info: TensorInfo) -> None:
-    size = os.fstat(fd).st_size
+    with files.explained(info.path, _reading(info, info.start), READ_AGAIN, DataError):
+        size = os.fstat(fd).st_size
     if size < info.start + info.n_bytes:
         raise _cut(info, size)
 

@@ -74,11 +74,14 @@ def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: 
     if not (folder / name).exists() or not is_regular(folder / name):
         return lost
     spans = [Span(info.name, written_start(info), info.n_bytes, known[info.name].checksum) for info in finished]
-    failed = []
+    failed, right = [], set()
     for check in check_shard(folder, name, written_bytes(shard), len(shard.header), shard.header_hash, spans):
         seen(check)
-        if not check.ok:
+        if check.ok and check.part == "tensor":
+            right.add(check.name)
+        elif not check.ok:
             failed.append(Damage(check.name if check.part == "tensor" else shard.name, shard.name))
+    failed += [Damage(info.name, shard.name) for info in finished if info.name not in right]  # a disk that cannot read
     return lost if failed and not is_own(folder / name) else list(dict.fromkeys(failed))
 
 

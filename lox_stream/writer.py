@@ -19,16 +19,23 @@ from lox_stream.checkpoint import Shard, TensorInfo, companion_path, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
+from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, identity, replay, session
 from lox_stream.matching import whole_pairs
 from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
-from lox_stream.placing import GO_ON, Place
+from lox_stream.placing import Place
 from lox_stream.planning import Plan, output_names
 from lox_stream.resuming import Survey, resumable
 from lox_stream.shards import written_bytes, written_start
 
 AGAIN = "Choose another --out, or run the same command again."
+
+
+def _forget(path: Path) -> None:
+    """Remove a file that was begun in vain; what went wrong is told by the first error, and not by this one."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _holds(fd: int, tensor: TensorInfo, facts: TensorFacts) -> bool:
@@ -109,7 +116,7 @@ class Output:
             fd, locked = files.lock_folder(self.folder)
         except BlockingIOError:
             raise OutputError(f"{self.folder}: {self._owner()}. Wait for it, or choose another --out") from None
-        stack.callback(os.close, fd)
+        stack.callback(files.close, fd)
         if not locked:
             self.warnings.append(f"{self.folder}: this file system has no locks: let only one run write here")
 
@@ -189,7 +196,7 @@ class Output:
         self.finished = dict(before.finished)
         self.sessions = (*before.sessions, session())
         if not (self._resume or self._overwrite):
-            undo.callback((self.folder / JOURNAL).unlink, missing_ok=True)
+            undo.callback(_forget, self.folder / JOURNAL)
         journal = Journal(self.folder, Replay(before.header, self.sessions, before.finished))
         stack.callback(journal.close)
         return journal
@@ -204,10 +211,10 @@ class Output:
             (self.folder / shard.name).replace(path)
             files.sync_folder(path.parent)
         if not path.exists():
-            undo.callback(path.unlink, missing_ok=True)
+            undo.callback(_forget, path)
         with files.explained(path, f"reserve {written_bytes(shard):,} bytes", AGAIN):
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, fd)
+            stack.callback(files.close, fd)
             files.reserve(fd, written_bytes(shard))
             files.write_at(fd, memoryview(shard.header), 0)
         self._fds[shard.name] = fd

@@ -121,7 +121,7 @@ def test_a_file_that_was_cut_is_an_error_that_tells_both_sizes(steps):
 
 def test_a_file_that_is_gone_is_an_error(steps):
     steps[0].aligned.path.unlink()
-    with pytest.raises(DataError, match="cannot be opened any more"), mapped(steps[0].aligned):
+    with pytest.raises(DataError, match="cannot open it any more"), mapped(steps[0].aligned):
         pass
 
 
