@@ -5,6 +5,7 @@ torch is imported once and never used before a fork: a child costs milliseconds,
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -118,16 +119,30 @@ class World:
         given = [f"--{name}={value}" for name, value in self.shape.options.items()]
         return ["run", *paths, "--threads=2", "--quiet", *given, *more]
 
+    def with_inputs(self, folder: Path) -> World:
+        """The same with inputs of its own, which may be changed."""
+        own = copy.copy(self)
+        own.base, own.aligned = (shutil.copytree(side, folder / side.name) for side in (self.base, self.aligned))
+        return own
+
     def run(
-        self, out: Path, *more: str, before: Callable[[], object] = lambda: None, kill_s: float | None = None
+        self,
+        out: Path,
+        *more: str,
+        before: Callable[[], object] = lambda: None,
+        kill_s: float | None = None,
+        said: Path | None = None,
     ) -> Ended:
-        """Run the command in a child, which calls `before` first; killed after `kill_s` seconds if it lasts so long."""
+        """Run the command in a child, which calls `before` first; killed after `kill_s` seconds if it lasts so long.
+
+        What it prints goes to the file `said`, or to one beside `out`.
+        """
 
         def work() -> int:
             before()
             return command(self.arguments(out, *more))
 
-        return in_child(work, out.with_name(out.name + ".said"), kill_s=kill_s)
+        return in_child(work, said or out.with_name(out.name + ".said"), kill_s=kill_s)
 
     def calls(
         self,
@@ -229,13 +244,15 @@ def content(folder: Path) -> Content:
 
 
 def lasting(manifest: bytes) -> bytes:
-    """A manifest without times and warnings; one that is not whole stays as it is."""
+    """A manifest without times, paths and warnings; one that is not whole stays as it is."""
     seal = opened(manifest)
     if seal.state == "broken":
         return manifest
     document = {name: value for name, value in json.loads(manifest).items() if name not in VOLATILE}
     for row in document["tensors"].values():
         row.pop("elapsed_s", None)
+    for side in document["inputs"].values():
+        side.pop("path", None)
     return json.dumps(document).encode()
 
 

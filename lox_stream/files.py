@@ -157,14 +157,20 @@ def replace_file(path: Path, data: bytes) -> None:
         write_all(fd, data)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of `source` (links followed) as `replace_file` writes; keeps that it may be executed."""
+def copy_file(source: Path, target: Path) -> str:
+    """Copy the content of `source` (links followed) as `replace_file` writes; keeps that it may be executed.
+
+    Returns the xxh3_128 of what was copied, hexadecimal.
+    """
+    digest = xxhash.xxh3_128()
     with opened(source) as file, replacing(target) as copy:
         for piece in read_pieces(file, 0, os.fstat(file).st_size):
             write_all(copy, piece)
+            digest.update(piece)
         mode = os.fstat(copy).st_mode
         if os.fstat(file).st_mode & 0o111:
             os.fchmod(copy, mode | (mode & 0o444) >> 2)
+    return digest.hexdigest()
 
 
 def lock_folder(path: Path) -> tuple[int, bool]:

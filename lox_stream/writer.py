@@ -7,6 +7,7 @@ weights are called NAME.partial and the journal says which tensors are finished;
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -263,12 +264,16 @@ class Output:
             files.sync_folder(self.folder)
 
     def _copy_companions(self, documents: Mapping[str, bytes]) -> None:
+        """Copy what travels with the weights; OutputError for a file that is not what the manifest says of it any more."""
+        said = json.loads(documents[MANIFEST])["files"]
         for relative in self.plan.aligned.companions:
             target = self.folder / relative
             if relative.as_posix() in {*documents, JOURNAL}:
                 continue
             files.make_folder(target.parent)
-            files.copy_file(companion_path(self.plan.aligned, relative), target)
+            source = companion_path(self.plan.aligned, relative)
+            if files.copy_file(source, target) != said[relative.as_posix()]["xxh3_128"]:
+                raise OutputError(f"{source}: was modified while the result was published. {GO_ON}")
             files.sync_folder(target.parent)
 
     def _rename_shards(self) -> None:

@@ -156,3 +156,32 @@ def test_a_run_stopped_twice_ends_at_once_and_can_be_resumed(slow_pair, tmp_path
     assert took_s < PATIENCE_S
     assert "--resume" in error
     assert subprocess.run(shlex.split(error.splitlines()[-1]), capture_output=True, timeout=120).returncode == 0
+
+
+READS = """
+import mmap, os, sys, threading
+import torch
+from lox_stream.signals import Interruption
+with Interruption(lambda: "last words"):
+    view = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    tensor = torch.frombuffer(view, dtype=torch.uint8)
+    os.truncate(sys.argv[1], 5000)
+    work = {"torch": lambda: tensor.float().sum(), "Python": lambda: bytes(view)}[sys.argv[2]]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+print("went on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the file")
+@pytest.mark.parametrize("who", ["torch", "Python"])
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path, who):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1 << 20))
+    ran = subprocess.run(
+        [sys.executable, "-c", READS, path, who], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 1
+    assert ran.stderr == f"error: {path}: was cut while it was read. Restore it, and run again\nlast words\n"
+    assert ran.stdout == ""
