@@ -28,6 +28,7 @@ from harness import Table, cores, finish, say
 from torture_faults import Faults
 from torture_inputs import Inputs
 from torture_kills import Kills
+from torture_memory import Memory
 from torture_power import Power
 from torture_world import SHAPES, Law, Outcome, World, fork, require_inputs_untouched
 
@@ -47,6 +48,7 @@ PARTS: dict[str, tuple[Callable[[list[World], Path, int], Part], float, str]] = 
     "kills": (Kills, 0.35, "kill -9, and the last resume leaves no byte that differs"),
     "power": (Power, 0.35, "power fails, and what a POSIX file system may leave is whole or can be taken up"),
     "inputs": (Inputs, 0.1, "inputs that change, two runs at once, file systems that lack something"),
+    "memory": (Memory, 0.1, "too little memory: one message, and the next run is right"),
     "faults": (Faults, 0.3, "errors of the system at every call: one message, and the next run is right"),
 }
 

@@ -17,14 +17,14 @@ _WEIGHTS = "bin|pt|pth|ckpt|h5|hdf5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|n
 _LEFTOVERS = "partial|incomplete|lock|tmp|pyc|swp"
 _LEFT_OUT = re.compile(rf".*\.({_WEIGHTS}|{_LEFTOVERS})(\.index\.json)?", re.IGNORECASE)
 _SAFETENSORS = re.compile(r".*\.safetensors(\.index\.json)?", re.IGNORECASE)
-_CACHE_FOLDERS = re.compile(r"\..*|__pycache__|__MACOSX|wandb|(checkpoint|global_step)[-_]?\d+")
+_CACHE_FOLDERS = re.compile(r"\..*|__pycache__|__MACOSX|wandb|lost\+found|(checkpoint|global_step)[-_]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
 class Companions:
     """What lies in a checkpoint's folder beside its weights; all paths relative to the folder."""
 
-    files: tuple[Path, ...]  # to be copied; a link that leads nowhere is among them
+    files: tuple[Path, ...]  # to be copied; a link that leads nowhere is among them, and a folder that cannot be listed
     other_weights: tuple[Path, ...]  # safetensors files that are no part of the checkpoint
     left_out_links: tuple[Path, ...]  # links to folders elsewhere, which are not followed
 
@@ -37,7 +37,8 @@ def find_companions(folder: Path, weights: Collection[str]) -> Companions:
     """
     inside = folder.resolve()
     files, other_weights, left_out_links = [], [], []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    unlisted: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unlisted.append, followlinks=True):
         for name in sorted(folders):
             path = Path(parent, name)
             if _CACHE_FOLDERS.fullmatch(name):
@@ -54,6 +55,7 @@ def find_companions(folder: Path, weights: Collection[str]) -> Companions:
                 other_weights.append(relative)
             elif not _LEFT_OUT.fullmatch(name) and (path.is_file() or (path.is_symlink() and not path.exists())):
                 files.append(relative)
+    files += [Path(error.filename).relative_to(folder) for error in unlisted]
     return Companions(tuple(sorted(files)), tuple(sorted(other_weights)), tuple(sorted(left_out_links)))
 
 

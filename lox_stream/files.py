@@ -23,6 +23,7 @@ GO_ON = "The work so far is kept: the same command with --resume goes on."
 CALL_BYTES = 1 << 30  # one write moves at most 2 GiB - 4 KiB on Linux; macOS refuses 2 GiB and more
 COPY_BYTES = 1 << 20
 NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+MORE_MEMORY = "Use a smaller --memory or fewer --threads, or raise what this process may map (ulimit -v). "
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -37,7 +38,7 @@ def explained(path: Path, doing: str, way_out: str, kind: type[LoxError] = Outpu
     try:
         yield
     except OSError as error:
-        first = "Free some space. " if error.errno in FULL else ""
+        first = "Free some space. " if error.errno in FULL else MORE_MEMORY if error.errno == errno.ENOMEM else ""
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         at = f" ({named})" if named != path else ""
         raise kind(f"{path}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,10 @@ from lox_stream.errors import CheckpointError, LoxError, OptionError
 from lox_stream.names import printable
 
 NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2; its message is the help
+NO_MEMORY = (
+    *("can't allocate memory", "annot allocate memory", "failed to map segment", "can't start new thread", "bad_alloc"),
+)
+LEAST_MAPPED = 1200 << 20  # with torch for the CPU and two threads: `make torture`, part memory
 ERROR, USAGE, NOT_CONVERGED, INTERRUPTED = 1, 2, 3, 130  # exit codes; a signal's is 128 + its number
 
 
@@ -70,12 +75,15 @@ def guarded(action: Callable[[], Any]) -> int:
     except BrokenPipeError:  # whoever read our stdout has gone: nothing more can be said there, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _say(f"{where}{error.strerror or error}. Check the path, its permissions and its disk")
-        return ERROR
     except Exception as error:
-        _say_unexpected(error)
+        if _is_of_memory(error):
+            _say(f"not enough memory{_allowed()} use a smaller --memory or fewer --threads, or close other programs")
+        elif isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"{where}{error.strerror or error}. Check the path, its permissions and its disk")
+        else:
+            click.echo("".join(traceback.format_exception(error)), err=True)
+            _say("this is a bug in lox-stream: please report it with the lines above and `lox-stream --version`")
         return ERROR
     return code
 
@@ -93,10 +101,21 @@ def _say_problems(error: LoxError) -> None:
         _say("\n".join([f"{len(problems)} problems:", *(f"- {text}" for text in problems)]))
 
 
-def _say_unexpected(error: Exception) -> None:
-    """No memory, which torch reports as a RuntimeError, or a bug."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        _say("not enough memory. Use a smaller --memory or fewer --threads, or close other programs")
-    else:
-        click.echo("".join(traceback.format_exception(error)), err=True)
-        _say("this is a bug in lox-stream: please report it with the lines above and `lox-stream --version`")
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, which torch, threads and the loader of libraries each report in their own way."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(text in str(error) for text in NO_MEMORY)
+
+
+def _allowed() -> str:
+    """Of the limit on what this process may map, where it has one and that may be why."""
+    import resource  # not on Windows, where this module has to be importable to say so
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return ":"
+    return (
+        f": this process may map {limit >> 20} MiB (ulimit -v), expected {LEAST_MAPPED >> 20} and what "
+        "--memory says, for torch maps most of that. Raise that limit,"
+    )

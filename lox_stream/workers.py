@@ -50,6 +50,7 @@ class Workers:
         self._jobs: deque[Callable[[], None]] = deque()
         self._groups: list[_Group] = []
         self._closing = False
+        self._failure: BaseException | None = None  # of a thread that could not begin
         self._threads = [threading.Thread(target=self._work, name=f"lox-{i}", daemon=True) for i in range(count)]
 
     def __enter__(self) -> Workers:
@@ -57,11 +58,24 @@ class Workers:
         self._ready = threading.Barrier(len(self._threads) + 1)
         with _starting:
             _in_thread(lambda: default.append(torch.get_num_threads()))
+            try:
+                self._start()
+            finally:
+                _in_thread(lambda: torch.set_num_threads(default[0]))
+        return self
+
+    def _start(self) -> None:
+        """Start the threads and wait until each is ready; if one cannot be, the others end and its error is raised."""
+        try:
             for thread in self._threads:
                 thread.start()
             self._ready.wait()
-            _in_thread(lambda: torch.set_num_threads(default[0]))
-        return self
+        except (RuntimeError, MemoryError) as problem:  # no thread, or none that has memory (a broken barrier is one)
+            self._ready.abort()
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise self._failure or problem from None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -160,8 +174,15 @@ class Workers:
         return next((g for g in self._groups if g.next < g.count and g.error is None), None)
 
     def _work(self) -> None:
-        _compute_alone()
-        self._ready.wait()
+        try:
+            _compute_alone()
+            self._ready.wait()
+        except threading.BrokenBarrierError:
+            return
+        except BaseException as problem:  # raised by who waits for us
+            self._failure = problem
+            self._ready.abort()
+            return
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._closing or self._open_group())

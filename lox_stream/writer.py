@@ -264,7 +264,7 @@ class Output:
             files.sync_folder(self.folder)
 
     def _copy_companions(self, documents: Mapping[str, bytes]) -> None:
-        """Copy what travels with the weights; OutputError for a file that is not what the manifest says of it any more."""
+        """Copy what travels with the weights; OutputError for a file that is no longer what the manifest says."""
         said = json.loads(documents[MANIFEST])["files"]
         for relative in self.plan.aligned.companions:
             target = self.folder / relative

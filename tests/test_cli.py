@@ -363,6 +363,9 @@ def test_windows_is_told_of_wsl(pair, tmp_path, monkeypatch):
     [
         (PermissionError(13, "Permission denied", "some\x1bfile"), r"error: some\x1bfile: Permission denied"),
         (MemoryError(), "error: not enough memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "error: not enough memory"),
+        (OSError(12, "Cannot allocate memory"), "error: not enough memory"),
+        (RuntimeError("can't start new thread"), "error: not enough memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "error: not enough memory"),
         (ZeroDivisionError("division by zero"), "bug in lox-stream"),
     ],

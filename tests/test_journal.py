@@ -8,14 +8,17 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lox_stream import journal
-from lox_stream.errors import ResumeError
+from lox_stream.errors import DataError, ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import FORMAT, Journal, Replay, finite, replay, tensor_facts
 from lox_stream.output_rules import JOURNAL
 from lox_stream.resuming import differences
+from lox_stream.shards import read_shard
 
 MATRIX = MatrixFacts(
     delta_norm=0.1 + 0.2,
@@ -172,3 +175,25 @@ FILE = "model.safetensors"
 )
 def test_differences_are_named(new: dict[str, object], refused: list[str], warned: list[str]) -> None:
     assert differences(HEADER, new) == (refused, warned)
+
+
+def test_a_sample_does_not_depend_on_how_much_a_read_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.arange(50_000, dtype=np.float32)}, path)
+    shard = read_shard(path)
+    whole, real = journal.sample_hash(shard), os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n_bytes, offset: real(fd, min(n_bytes, 1000), offset))
+    assert journal.sample_hash(shard) == whole
+
+
+def test_a_sample_that_cannot_be_read_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.arange(50_000, dtype=np.float32)}, path)
+    shard = read_shard(path)
+
+    def fails(*args: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(DataError, match=f"{path}: cannot read it: Input/output error"):
+        journal.sample_hash(shard)

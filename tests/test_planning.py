@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,34 @@ def test_planning_ten_thousand_tensors_takes_a_moment(tmp_path):
     for side in ("base", "aligned"):
         save(tmp_path / side / "model.safetensors", **tensors)
     assert len(plan(tmp_path / "base", tmp_path / "aligned").steps) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("checkpoint.find_companions", errors.CheckpointError), ("output_rules.shutil.disk_usage", errors.OutputError)],
+)
+def test_what_the_system_refuses_is_a_problem_like_the_others(pair, tmp_path, monkeypatch, place, kind):
+    def fails(*args: object) -> None:
+        raise OSError(5, "Input/output error", str(tmp_path / "some file"))
+
+    monkeypatch.setattr(f"lox_stream.{place}", fails)
+    with pytest.raises(kind, match=r"some file.*Input/output error|Input/output error.*some file"):
+        plan(*pair, tmp_path / "out")
+
+
+def test_a_folder_of_aligned_that_cannot_be_listed_is_not_left_out_in_silence(pair, tmp_path, monkeypatch):
+    real = os.scandir
+    for side in pair:
+        (side / "code").mkdir()
+        (side / "code" / "modeling.py").write_text("")
+
+    def fails(path: str) -> object:
+        if Path(path).name == "code":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(errors.CheckpointError) as raised:
+        plan(*pair, tmp_path / "out")
+    assert len(raised.value.problems) == 1
+    assert str(pair[1] / "code") in raised.value.problems[0]

@@ -166,3 +166,30 @@ def test_the_page_cache_is_given_back_after_the_last_pass(tmp_path):
     with mapped(info) as data:
         assert float(torch.frombuffer(data, dtype=torch.float32, count=4 << 20).sum()) == 0.0
     assert resident(path) < pages // 10
+
+
+@linux
+@pytest.mark.parametrize(("call", "said"), [("os.fstat", "cannot read"), ("mmap.mmap", "cannot map")])
+def test_whatever_the_system_refuses_while_reading_names_tensor_and_file(steps, monkeypatch, call, said):
+    def fails(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:  # pytest asks for the status of files, too
+        patch.setattr(call, fails)
+        with pytest.raises(DataError) as raised, mapped(steps[0].aligned):
+            pass
+    assert f"model.safetensors: {said} t0" in str(raised.value)
+    assert "Cannot allocate memory. Use a smaller --memory" in str(raised.value)
+
+
+@linux
+def test_a_page_cache_that_does_not_tell_is_read_anyway(steps, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", fails)
+    log = Log()
+    reading = Prefetch([[step] for step in steps], 1 << 20, log.on_fetched, log.on_failed)
+    log.wait(lambda: log.fetched == len(steps))
+    reading.close()
+    assert log.error is None

@@ -194,6 +194,25 @@ def test_files_that_are_missing_cut_or_something_else_are_repaired(sides, damage
     same_but_for_times(content(out), whole)
 
 
+def test_tensors_after_one_that_cannot_be_read_are_not_taken_for_right(sides, monkeypatch):
+    out = sides[2]
+    whole = content(out)
+    name = next(name for name in whole if name.endswith(".safetensors"))
+    last = read_shard(out / name).tensors[-1]
+    flip(out / name, 8 * last.start + 1)
+    real, reads = os.pread, itertools.count()
+
+    def fails_once(fd: int, n_bytes: int, offset: int) -> bytes:
+        if Path(f"/proc/self/fd/{fd}").resolve() == out / name and next(reads) == 1:  # 0 is the header
+            raise OSError(5, "Input/output error")
+        return real(fd, n_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", fails_once)
+    repaired = mend(sides).repaired
+    assert Damage(last.name, name) in repaired
+    same_but_for_times(content(out), whole)
+
+
 def test_a_damaged_shard_that_another_name_shares_is_left_to_that_name(sides, tmp_path):
     """A copy by `cp -l`, or a link to an input: a repair in place would write into it."""
     out = sides[2]

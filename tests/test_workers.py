@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lox_stream import workers
 from lox_stream.errors import Cancelled
 from lox_stream.workers import Workers
 
@@ -176,3 +177,25 @@ def test_workers_that_start_together_leave_the_default_alone():
     later.start()
     later.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize("fails", ["_compute_alone", "threading.Thread.start"])
+def test_a_thread_that_cannot_begin_is_an_error_and_no_endless_wait(monkeypatch, fails):
+    real, calls = (
+        {"_compute_alone": workers._compute_alone, "threading.Thread.start": threading.Thread.start}[fails],
+        [],
+    )
+
+    def second_fails(*args):
+        calls.append(args)
+        if len(calls) == (2 if fails == "_compute_alone" else 3):  # one reads torch's default first
+            raise RuntimeError("can't start new thread")
+        return real(*args)
+
+    monkeypatch.setattr(f"lox_stream.workers.{fails}", second_fails)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="can't start new thread"), Workers(3):
+        pass
+    monkeypatch.undo()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lox-")]
+    assert torch.get_num_threads() == before

@@ -700,3 +700,32 @@ def test_a_tensor_that_is_not_whole_has_no_checksum(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="written twice"):
         place.write(5, bytes(5))
     os.close(place.fd)
+
+
+def test_a_companion_that_changes_before_it_is_copied_ends_the_run(pair: Plan) -> None:
+    script = pair.aligned.folder / "code" / "run.sh"
+    with Output(pair) as output:
+        for name in pair.aligned.tensors:
+            copy_tensor(output, name)
+        documents = written_documents(pair, output.finished, elapsed_s=1.0)
+        script.write_text("another")
+        with pytest.raises(OutputError, match=r"run\.sh: was modified while the result was published\. .* --resume"):
+            output.publish(documents)
+    assert MANIFEST not in content(pair.out)
+    assert run(pair, resume=True) == []
+    assert content(pair.out)["code/run.sh"] == b"another"
+
+
+def test_an_error_of_closing_hides_no_other_one(pair: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    closing = os.close
+    output = Output(pair).__enter__()
+    monkeypatch.setattr(os, "close", lambda fd: (closing(fd), fail()))
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OutputError, match="partial: cannot write: Input/output error") as raised:
+        copy_tensor(output, "a")
+    output.__exit__(OutputError, raised.value, None)
+    monkeypatch.undo()
+    run(pair, resume=True)
