@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from harness import Table, cores, finish, say
 from torture_faults import Faults
+from torture_full import Full
 from torture_inputs import Inputs
 from torture_kills import Kills
 from torture_memory import Memory
@@ -48,6 +49,7 @@ PARTS: dict[str, tuple[Callable[[list[World], Path, int], Part], float, str]] = 
     "kills": (Kills, 0.35, "kill -9, and the last resume leaves no byte that differs"),
     "power": (Power, 0.35, "power fails, and what a POSIX file system may leave is whole or can be taken up"),
     "inputs": (Inputs, 0.1, "inputs that change, two runs at once, file systems that lack something"),
+    "full": (Full, 0.05, "file systems that fill: no space is said, and with room made the next run is right"),
     "memory": (Memory, 0.1, "too little memory: one message, and the next run is right"),
     "faults": (Faults, 0.3, "errors of the system at every call: one message, and the next run is right"),
 }
@@ -95,7 +97,7 @@ def torture(name: str, worlds: list[World], folder: Path, seed: int, jobs: int, 
             return 0
 
         pids[fork(work)] = own
-    whole = Outcome(name)
+    whole = Outcome(name, skipped=[*getattr(part, "skipped", [])])
     for pid, own in pids.items():
         _, status = os.waitpid(pid, 0)
         result = own / "outcome.pickle"

@@ -105,3 +105,41 @@ def own_process(world: World, out: Path, flags: tuple[str, ...], limit: int) -> 
     except subprocess.TimeoutExpired as error:
         raise Law(f"hangs with {limit // MIB} MiB") from error
     return Ended(ran.returncode, ran.stderr)
+
+
+class Cgroup:
+    """One case: two tensors of 1.2 GB, in a cgroup of 1 GiB; the maps of the inputs and the pages of the output count.
+
+    The same run outside of the cgroup gives the bytes to compare with.
+    """
+
+    part = "cgroup"
+    cases = 1
+    least_minutes = 10
+
+    def __init__(self, worlds: list[World], folder: Path, seed: int) -> None:
+        self._seed = seed
+        self.skipped: list[str] = []
+        try:
+            with limited_group():
+                pass
+        except OSError as error:
+            self.skipped = [f"no cgroup can be made here: {error}"]
+            self.cases = 0
+
+    def case(self, number: int, folder: Path, outcome: Outcome) -> None:
+        """Raises Law. On the disk: what lies in /dev/shm would count as memory."""
+        with tempfile.TemporaryDirectory(prefix="lox-torture-") as name, limited_group() as join:
+            root = Path(name)
+            must(in_child(lambda: write_large(root, self._seed), root / "said"))
+            sums = {}
+            for out, inside in ((root / "within", True), (root / "without", False)):
+                started = time.monotonic()
+                ended = own_process(root, out, join if inside else lambda: None)
+                must(ended)
+                sums[inside] = digest(out / "model.safetensors")
+                outcome.count(f"runs {'within' if inside else 'without'} a limit of 1 GiB")
+                outcome.counts[f"seconds {'within' if inside else 'without'} it"] = round(time.monotonic() - started)
+                shutil.rmtree(out)
+            if sums[True] != sums[False]:
+                raise Law("other bytes than without the limit")
