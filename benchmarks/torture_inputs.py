@@ -23,7 +23,6 @@ from torture_faults import require_message
 from torture_runs import WAYS, begun, going_on, require_nothing_false, shown_before
 from torture_seam import Counter, Seam, changes
 from torture_world import (
-    INDEX,
     Content,
     Law,
     Outcome,
@@ -107,7 +106,7 @@ def changed(world: World, way: str, out: Path, folder: Path, rng: random.Random,
         flags = () if found == world.reference else WAYS["overwrite"]
     else:
         require_message(ended)
-        require_nothing_false(without_documents(found), world, before)
+        require_nothing_false(without_documents(found, world), world, before)
         outcome.count(
             "inputs: the run ended with a message",
             *(["inputs: it named a file that was cut"] * ("was cut" in ended.said)),
@@ -140,9 +139,9 @@ def accepted(world: World, out: Path, found: Content, outcome: Outcome) -> None:
         raise Law("other bytes than the inputs give, and no warning")
 
 
-def without_documents(found: Content) -> Content:
+def without_documents(found: Content, world: World) -> Content:
     """What was published before the change; index and manifest may be of other inputs."""
-    return {name: data for name, data in found.items() if name not in (INDEX, MANIFEST)}
+    return {name: data for name, data in found.items() if name not in (*world.indexes, MANIFEST)}
 
 
 def spoil(path: Path, change: str, rng: random.Random) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from torture_world import INDEX, Content, Law, World, content, fresh
+from torture_world import Content, Law, World, content, fresh
 
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 
@@ -52,11 +52,12 @@ def require_nothing_false(found: Content, world: World, old: Content | None = No
     for name, data in weights.items():
         if data is not None and data not in [version[name] for version in allowed]:
             raise Law(f"{name} is under its final name, and not whole")
-    if INDEX in found or MANIFEST in found:
+    shown = {*world.indexes, MANIFEST} & found.keys()
+    if shown:
         fitting = [version for version in allowed if all(weights[name] == version[name] for name in weights)]
         if not fitting:
             raise Law("an index or a manifest stands over weights that are not whole, or of two runs")
-        for name in {INDEX, MANIFEST} & found.keys():
+        for name in shown:
             if all(found[name] != version.get(name) for version in fitting):
                 raise Law(f"{name} is not that of the weights")
 
@@ -67,10 +68,10 @@ def stage(found: Content, world: World) -> str:
         return "after the journal" if found == world.reference else "before the journal"
     if MANIFEST in found:
         return "after the manifest"
-    if INDEX in found:
-        return "after the index"
+    if any(name in found for name in world.indexes):
+        return "after an index"
     finished = found[JOURNAL].count(b'\n{"tensor":')
-    if finished < len(world.shape.shapes):
+    if finished < len(world.shape.shapes) * (2 if world.shape.pipeline else 1):
         return "while tensors were written" if finished else "before the first record"
     whole = all(name + PARTIAL in found for name in world.weights)
     return "while companions were copied" if whole else "while weights were renamed"

@@ -29,7 +29,6 @@ from lox_stream.output_rules import MANIFEST
 from lox_stream.sealing import opened
 from lox_stream.synthetic import llama_shapes, write_pair
 
-INDEX = "model.safetensors.index.json"
 HANGS_S = 120.0
 VOLATILE = ("times", "seal", "warnings")  # of a manifest
 Content = dict[str, bytes]
@@ -47,6 +46,7 @@ class Shape:
     shapes: Mapping[str, tuple[int, ...]]
     shards: int = 1
     torch_file: bool = False  # aligned is a pytorch_model.bin
+    pipeline: bool = False  # of diffusers, with two components of these shapes
     options: Mapping[str, str | int] = field(default_factory=dict)
 
 
@@ -56,6 +56,12 @@ SHAPES = (
     Shape("three shards", llama_shapes(48, 64, 2, 96), 3),
     Shape("many small tensors", MANY, 2),
     Shape("pytorch_model.bin", llama_shapes(48, 96, 1, 160), torch_file=True),
+    Shape(
+        "a pipeline in new files",
+        llama_shapes(32, 48, 1, 64),
+        pipeline=True,
+        options={"dtype": "float32", "max_shard_size": 20_000},
+    ),
     Shape("stochastic rounding", llama_shapes(48, 64, 1, 96), 2, options={"rounding": "stochastic", "seed": 7}),
 )
 
@@ -81,10 +87,14 @@ class World:
         self.old = self._finished("old", "--alpha", "0.5")
         self._make_half()
         self.weights = tuple(name for name in self.reference if name.endswith(".safetensors"))
+        self.indexes = tuple(name for name in self.reference if name.endswith("index.json"))
         assert all(self.old[name] != self.reference[name] for name in self.weights), "an old output is another one"
 
     def _make(self) -> int:
-        write_pair(self.root, self.shape.shapes, aligned_shards=self.shape.shards)
+        if self.shape.pipeline:
+            self._make_pipeline()
+        else:
+            write_pair(self.root, self.shape.shapes, aligned_shards=self.shape.shards)
         if self.shape.torch_file:
             from safetensors.torch import load_file
 
@@ -96,6 +106,16 @@ class World:
         (self.aligned / "tokenizer.json").write_text(json.dumps({"vocabulary": list(range(3000))}))
         (self.aligned / "README.md").write_text("---\nlicense: mit\n---\n# aligned\n")
         return 0
+
+    def _make_pipeline(self) -> None:
+        for component in ("transformer", "vae"):
+            for side in write_pair(self.root / component, self.shape.shapes):
+                (side / "model.safetensors").rename(side / "diffusion_pytorch_model.safetensors")
+                (self.root / side.name).mkdir(exist_ok=True)
+                side.rename(self.root / side.name / component)
+        said = {"_class_name": "Pipe", "transformer": ["diffusers", "A"], "vae": ["diffusers", "B"]}
+        for side in (self.base, self.aligned):
+            (side / "model_index.json").write_text(json.dumps(said))
 
     def _finished(self, name: str, *more: str) -> Content:
         must(self.run(self.root / name, *more))
@@ -116,7 +136,7 @@ class World:
     def arguments(self, out: Path, *more: str) -> list[str]:
         """Of the command line, with two threads."""
         paths = [f"--base={self.base}", f"--aligned={self.aligned}", f"--out={out}"]
-        given = [f"--{name}={value}" for name, value in self.shape.options.items()]
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in self.shape.options.items()]
         return ["run", *paths, "--threads=2", "--quiet", *given, *more]
 
     def with_inputs(self, folder: Path) -> World:

@@ -191,7 +191,7 @@ class Output:
         """
         for name in (*reversed(index_names(self.plan.written)), MANIFEST):
             (self.folder / name).unlink(missing_ok=True)
-        files.sync_folder(self.folder)
+        self._sync_names()
 
     def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
         self.finished = dict(before.finished)
@@ -282,8 +282,10 @@ class Output:
         self._sync_names()
 
     def _sync_names(self) -> None:
-        for folder in {(self.folder / name).parent for name in self._fds} | {self.folder}:
-            files.sync_folder(folder)
+        """Sync the folders of the weights and their indexes: a pipeline has several."""
+        for folder in {(self.folder / shard.name).parent for shard in self.plan.written.shards} | {self.folder}:
+            if folder.is_dir():
+                files.sync_folder(folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
