@@ -21,9 +21,9 @@ from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.processing import InMemory
 from lox_stream.reader import TORCH_DTYPES
-from lox_stream.remarks import changed_bytes, changed_inputs, run_warnings
+from lox_stream.remarks import changed_bytes, run_warnings
 from lox_stream.repairing import survey
-from lox_stream.resuming import Damage, Survey
+from lox_stream.resuming import Damage, Survey, changed_inputs
 from lox_stream.verifying import Check
 from lox_stream.writer import Output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from lox_stream import files
 from lox_stream.facts import TensorFacts
@@ -17,10 +18,13 @@ STOP_BYTES = 256 << 20  # a run that is stopped syncs no more than this: about a
 
 
 class Committer:
-    """Takes finished tensors from any thread; see `put`, `check`, `finish`."""
+    """Takes finished tensors from any thread; see `put`, `check`, `finish`.
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    What is finished when `trusted()` says no is not recorded: a resumed run makes it again.
+    """
+
+    def __init__(self, journal: Journal, trusted: Callable[[], bool]) -> None:
+        self._journal, self._trusted = journal, trusted
         self._queue: list[tuple[TensorFacts, Place]] = []
         self._held_bytes = 0  # queued, or in the batch that is being synced
         self._ending = self._stopping = False
@@ -88,8 +92,9 @@ class Committer:
         for fd, path in {place.fd: place.path for _, place in batch}.items():
             with files.explained(path, "sync", GO_ON):
                 files.sync_data(fd)
-        with files.explained(self._journal.path, "write the journal", GO_ON):
-            self._journal.append([facts for facts, _ in batch])
+        if self._trusted():
+            with files.explained(self._journal.path, "write the journal", GO_ON):
+                self._journal.append([facts for facts, _ in batch])
         for _, place in batch:
             files.drop_cache(place.fd, place.start, place.n_bytes)
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,21 @@ def replacing(path: Path) -> Iterator[int]:
         yield fd
         os.fsync(fd)
     partial(path).replace(path)
+
+
+def forget(path: Path) -> None:
+    """Remove a file that was begun in vain. Silent: what went wrong is told by the error before."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file may be written in place: no link, and under no second name, as a copy by `cp -l` would be."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def replace_file(path: Path, data: bytes) -> None:

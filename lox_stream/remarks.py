@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lox_stream.checkpoint import files_of
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import totals
 from lox_stream.model_card import LOW_RETENTION
 from lox_stream.names import listing
 from lox_stream.options import Options
-from lox_stream.planning import Plan
 from lox_stream.resuming import Survey
 
 
@@ -24,20 +22,6 @@ def changed_bytes(survey: Survey | None, finished: Mapping[str, TensorFacts]) ->
         f"made again with other bytes than before: {listing(other)}. They are right, but their last bits come from "
         "another version or processor, or from other weights in the inputs; the manifest has their checksums",
     )
-
-
-def changed_inputs(plan: Plan) -> tuple[str, ...]:
-    """A message for each shard of the inputs that is not as it was when the run was planned."""
-    changed = []
-    for shard in (*files_of(plan.base), *files_of(plan.aligned)):
-        try:
-            now = shard.path.stat()
-            same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
-        except OSError:
-            same = False
-        if not same:
-            changed.append(f"{shard.path}: was modified while the run read it. Run again with --overwrite to be sure")
-    return tuple(changed)
 
 
 def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str, ...]:

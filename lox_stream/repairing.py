@@ -13,7 +13,7 @@ from typing import Any
 
 from lox_stream.errors import OutputError
 from lox_stream.facts import TensorFacts
-from lox_stream.files import partial
+from lox_stream.files import is_own, partial
 from lox_stream.journal import Replay, byte_options, identity, tensor_facts
 from lox_stream.manifest import read_manifest
 from lox_stream.matching import whole_pairs
@@ -25,7 +25,6 @@ from lox_stream.sampling import options_of
 from lox_stream.sealing import opened
 from lox_stream.shards import Shard, is_regular, written_bytes, written_start
 from lox_stream.verifying import Check, Span, check_files, check_shard
-from lox_stream.writer import is_own
 
 AGAIN = "Start again with --overwrite"
 Seen = Callable[[Check], None]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lox_stream import files
+from lox_stream.checkpoint import files_of
 from lox_stream.errors import ResumeError
+from lox_stream.facts import TensorFacts
 from lox_stream.journal import Replay, identity, replay
 from lox_stream.names import listing, printable, shown
 from lox_stream.planning import Plan
+from lox_stream.shards import Shard, TensorInfo, written_bytes, written_start
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
 
@@ -51,6 +56,41 @@ def agreed(plan: Plan, began: Mapping[str, Any]) -> list[str]:
             "Give the inputs and options it began with, or start again with --overwrite"
         )
     return warned
+
+
+def changed_inputs(plan: Plan) -> tuple[str, ...]:
+    """A message for each shard of the inputs that is not as it was when the run was planned."""
+    changed = []
+    for shard in (*files_of(plan.base), *files_of(plan.aligned)):
+        try:
+            now = shard.path.stat()
+            same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
+        except OSError:
+            same = False
+        if not same:
+            changed.append(f"{shard.path}: was modified while the run read it. Run again with --overwrite to be sure")
+    return tuple(changed)
+
+
+def written_file(folder: Path, shard: Shard, finished: Mapping[str, TensorFacts]) -> Path | None:
+    """The file that the journal's records of a shard speak of; None where it is gone or another.
+
+    Under its final name it may also be that of an output which was to be replaced: there each tensor is read once.
+    """
+    final = folder / shard.name
+    whole = all(tensor.name in finished for tensor in shard.tensors)
+    path = final if whole and not files.partial(final).exists() else files.partial(final)
+    if not path.is_file() or path.stat().st_size != written_bytes(shard):
+        return None
+    with files.opened(path) as fd:
+        same = b"".join(files.read_pieces(fd, 0, len(shard.header))) == shard.header
+        if same and path == final:
+            same = all(_holds(fd, tensor, finished[tensor.name]) for tensor in shard.tensors)
+    return path if same else None
+
+
+def _holds(fd: int, tensor: TensorInfo, facts: TensorFacts) -> bool:
+    return files.checksum_of(fd, written_start(tensor), tensor.n_bytes) == facts.checksum
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:

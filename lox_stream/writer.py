@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lox_stream import files
-from lox_stream.checkpoint import Shard, TensorInfo, companion_path, index_names
+from lox_stream.checkpoint import Shard, companion_path, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import TensorFacts
@@ -27,30 +25,10 @@ from lox_stream.names import listing
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
 from lox_stream.placing import Place
 from lox_stream.planning import Plan, output_names
-from lox_stream.resuming import Survey, resumable
+from lox_stream.resuming import Survey, changed_inputs, resumable, written_file
 from lox_stream.shards import written_bytes, written_start
 
 AGAIN = "Choose another --out, or run the same command again."
-
-
-def _forget(path: Path) -> None:
-    """Remove a file that was begun in vain; what went wrong is told by the first error, and not by this one."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _holds(fd: int, tensor: TensorInfo, facts: TensorFacts) -> bool:
-    """Whether a file holds the bytes of a finished tensor."""
-    return files.checksum_of(fd, written_start(tensor), tensor.n_bytes) == facts.checksum
-
-
-def is_own(path: Path) -> bool:
-    """Whether a file may be written in place: no link, and under no second name, as a copy by `cp -l` would be."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 class Output:
@@ -102,7 +80,7 @@ class Output:
                     self._reserve(shard, stack, undo)
                 self._sync_names()  # a record of a tensor outlives no name of its file
                 undo.pop_all()
-            self._committer = Committer(self._journal)
+            self._committer = Committer(self._journal, lambda: not changed_inputs(self.plan))
             self._stack = stack.pop_all()
         return self
 
@@ -152,22 +130,10 @@ class Output:
         return Replay(state.header | {"options": new["options"]}, state.sessions, kept)
 
     def _kept(self, shard: Shard, finished: Mapping[str, TensorFacts]) -> bool:
-        """Whether the shard's file is the one that the journal's records speak of.
-
-        Under its final name it may also be that of an output which was to be replaced: each byte is looked at.
-        """
-        final = self.folder / shard.name
-        whole = all(tensor.name in finished for tensor in shard.tensors)
-        path = final if whole and not files.partial(final).exists() else files.partial(final)
-        if not path.is_file() or path.stat().st_size != written_bytes(shard):
-            return False
-        with path.open("rb") as file:
-            same = file.read(len(shard.header)) == shard.header
-            if same and path == final:
-                same = all(_holds(file.fileno(), tensor, finished[tensor.name]) for tensor in shard.tensors)
-        if same and path == final:
+        path = written_file(self.folder, shard, finished)
+        if path == self.folder / shard.name:
             self._renamed.add(shard.name)
-        return same
+        return path is not None
 
     def _check_fresh(self) -> None:
         """Refuse to begin over the files of another run, which may be newer than the plan."""
@@ -197,7 +163,7 @@ class Output:
         self.finished = dict(before.finished)
         self.sessions = (*before.sessions, session())
         if not (self._resume or self._overwrite):
-            undo.callback(_forget, self.folder / JOURNAL)
+            undo.callback(files.forget, self.folder / JOURNAL)
         journal = Journal(self.folder, Replay(before.header, self.sessions, before.finished))
         stack.callback(journal.close)
         return journal
@@ -208,11 +174,11 @@ class Output:
         if shard.name in self._renamed:
             return
         files.make_folder(path.parent)
-        if self.survey is not None and not path.exists() and is_own(self.folder / shard.name):
+        if self.survey is not None and not path.exists() and files.is_own(self.folder / shard.name):
             (self.folder / shard.name).replace(path)
             files.sync_folder(path.parent)
         if not path.exists():
-            undo.callback(_forget, path)
+            undo.callback(files.forget, path)
         with files.explained(path, f"reserve {written_bytes(shard):,} bytes", AGAIN):
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(files.close, fd)

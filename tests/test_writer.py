@@ -729,3 +729,22 @@ def test_an_error_of_closing_hides_no_other_one(pair: Plan, monkeypatch: pytest.
     output.__exit__(OutputError, raised.value, None)
     monkeypatch.undo()
     run(pair, resume=True)
+
+
+def test_what_was_computed_when_an_input_had_changed_is_not_recorded(
+    pair: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer, "BATCH_BYTES", 1)
+    path = pair.base.shards[0].path
+    before = path.stat()
+    with Output(pair) as output:
+        copy_tensor(output, "a")
+        for _ in range(500):
+            if "a" in replay(pair.out).finished:
+                break
+            threading.Event().wait(0.01)
+        os.utime(path, ns=(1, 1))
+        copy_tensor(output, "b")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # put back as it was, by whoever noticed
+    assert set(replay(pair.out).finished) == {"a"}
+    assert "b" in run(pair, resume=True)
