@@ -9,9 +9,10 @@ DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["depend
 WHEEL := build/wheel
 BENCH ?=
 FUZZ ?=
+TORTURE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs compat torture fuzz kernels bench size wheel clean
+.PHONY: help demo test check docs compat torture torture-short fuzz kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -24,8 +25,13 @@ test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_fp8_formats.py
 
-torture: $(VENV)/ready-dev ## the tests that take minutes: killed runs, full disks, tensors over the budget
+torture: $(VENV)/ready-dev ## runs killed, without power, disk, memory or inputs, for half an hour; TORTURE="--help" lists the options
 	$(BIN)/pytest -m torture
+	$(BIN)/python benchmarks/torture.py $(TORTURE)
+
+torture-short: $(VENV)/ready-dev ## the same in three minutes, after the tests that take minutes
+	$(BIN)/pytest -m torture
+	$(BIN)/python benchmarks/torture.py --minutes 3
 
 fuzz: $(VENV)/ready-dev ## a million damaged and hostile files, some ten minutes; FUZZ="--help" lists the options
 	$(BIN)/python benchmarks/fuzz.py $(FUZZ)
