@@ -124,7 +124,14 @@ def execute(
         warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
         elapsed_s = time.monotonic() - started
         output.publish(
-            written_documents(plan, output.finished, elapsed_s=elapsed_s, sessions=output.sessions, warnings=warnings)
+            written_documents(
+                plan,
+                output.finished,
+                elapsed_s=elapsed_s,
+                sessions=output.sessions,
+                warnings=warnings,
+                began=output.inputs,
+            )
         )
         return Summary(
             out=output.folder,

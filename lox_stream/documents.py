@@ -24,6 +24,7 @@ def written_documents(
     elapsed_s: float,
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
+    began: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`.
 
@@ -47,5 +48,7 @@ def written_documents(
             path = companion_path(plan.aligned, relative)
             with files.explained(path, "read it", GO_ON):
                 beside[relative.as_posix()] = stamp_of(path)
-    facts = manifest_of(plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside)
+    facts = manifest_of(
+        plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside, began=began
+    )
     return written | {MANIFEST: sealed(as_json(facts))}

@@ -94,18 +94,23 @@ def manifest_of(
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
     beside: Mapping[str, Mapping[str, Any]] | None = None,
+    began: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a finished run as JSON values: no NaN, no infinity, no tuple.
 
     `elapsed_s` is the time of the last session; `sessions` are the journal's records of all of them. `beside` has the
-    `stamp` of each file beside the weights.
+    `stamp` of each file beside the weights, `began` the inputs as the journal has them: what was read, and not what
+    lies there by now.
     """
     parts = {step.name: {"parts": [part.label for part in step.parts]} for step in plan.steps if step.parts}
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "options": finite(asdict(plan.options)),
-        "inputs": {"base": input_of(plan.base), "aligned": input_of(plan.aligned)},
+        "inputs": {
+            side: input_of(checkpoint, (began or {}).get(side, {}))
+            for side, checkpoint in (("base", plan.base), ("aligned", plan.aligned))
+        },
         "index": plan.written.index_name,
         **_components(plan.written),
         "shards": {shard.name: _shard(shard, finished) for shard in plan.written.shards},
@@ -132,15 +137,16 @@ def _components(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"components": names} if names else {}
 
 
-def input_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells an input from others, as the manifest has it."""
+def input_of(checkpoint: Checkpoint, began: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells an input from others, as the manifest has it; samples in `began` are not taken again."""
+    known = began or {}
     return {
         "path": str(checkpoint.root),
         "shards": {
             source_name(shard): {
                 "size": shard.size_bytes,
                 "header_xxh3_128": shard.header_hash,
-                "sample_xxh3_64": sample_hash(shard),
+                "sample_xxh3_64": known.get(source_name(shard), {}).get("sample") or sample_hash(shard),
             }
             for shard in files_of(checkpoint)
         },

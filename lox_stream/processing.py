@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import xxhash
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lox_stream import fp8
 from lox_stream.assembling import Assembly
@@ -25,6 +26,7 @@ from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
 from lox_stream.matching import Step, covered, output_bytes, rescaled
 from lox_stream.merging import change_of, update_by
+from lox_stream.names import listing
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
@@ -210,7 +212,13 @@ def _extrapolate(
             for step, target, notices in zip(steps, targets, told, strict=True)
         ]
         for some in _batches(steps, options):
-            found = _computed([sources[i](region) for i, region in some], run, cards)
+            try:
+                found = _computed([sources[i](region) for i, region in some], run, cards)
+            except LinAlgError as problem:  # of NaN that was not there in the pass that looks for it
+                raise DataError(
+                    f"{listing(steps[i].name for i, _ in some)}: no singular values were found: {problem} Was an input "
+                    "changed while it was read? Start again with --overwrite, with inputs that stay as they are"
+                ) from problem
             for (i, _), facts in zip(some, found, strict=True):
                 before = outcomes[i]
                 if isinstance(before, NotFinite):

@@ -74,7 +74,7 @@ def read_floats(data: memoryview, info: TensorInfo) -> Tensor:
 
 @contextmanager
 def mapped(info: TensorInfo) -> Iterator[memoryview]:
-    """The tensor's bytes as a private map of its file. Raises DataError if the file is shorter than it was.
+    """The tensor's bytes as a private map of its file. Raises DataError if the file is or gets shorter than it was.
 
     Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them.
     """
@@ -83,9 +83,13 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
         _check_size(fd, info)
         access = mmap.PROT_READ | mmap.PROT_WRITE  # copy on write: torch warns of memory that cannot be written
         with files.explained(info.path, f"map {printable(info.name)}", READ_AGAIN, DataError):
-            view = mmap.mmap(fd, info.start + info.n_bytes - start, mmap.MAP_PRIVATE, access, offset=start)
+            try:
+                view = mmap.mmap(fd, info.start + info.n_bytes - start, mmap.MAP_PRIVATE, access, offset=start)
+            except ValueError:  # cut since its size was looked at
+                raise _cut(info, os.fstat(fd).st_size) from None
         try:
             yield memoryview(view)[info.start - start :]
+            _check_size(fd, info)  # what was cut off within a page reads as zeros
         finally:
             if hasattr(os, "posix_fadvise"):  # which does nothing to pages that are still mapped and touched
                 view.madvise(mmap.MADV_DONTNEED)
@@ -187,7 +191,7 @@ def _resident(fd: int, info: TensorInfo) -> bool:
             first = ctypes.c_ubyte.from_buffer(view)
             failed = mincore(ctypes.byref(first), ctypes.c_size_t(size), ctypes.c_void_p(states.ctypes.data))
             del first  # or the map could not be closed
-    except OSError:  # the map that the work needs will say it
+    except (OSError, ValueError):  # the map that the work needs will say it
         return False
     return not failed and bool((states & 1).all())
 

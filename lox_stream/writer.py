@@ -35,9 +35,9 @@ class Output:
     """The folder that a run writes, from the lock to the publication: a context manager.
 
     `finished` holds the facts of the tensors that are done (on resume also of earlier sessions), `sessions` who
-    worked on it, `warnings` what a person should know. Left without `publish` it keeps its .partial files and its
-    journal, for --resume. Raises OutputError: the folder is in use, full or not writable; ResumeError: its state
-    is of another run.
+    worked on it, `inputs` what they read, `warnings` what a person should know. Left without `publish` it keeps its
+    .partial files and its journal, for --resume. Raises OutputError: the folder is in use, full or not writable;
+    ResumeError: its state is of another run.
 
     With `look`, which is called when the folder is locked, the run repairs: it goes on from the `survey` that `look`
     returns, and touches nothing where that is complete and names no damage.
@@ -58,6 +58,7 @@ class Output:
         self.survey: Survey | None = None
         self.finished: dict[str, TensorFacts] = {}
         self.sessions: tuple[dict[str, Any], ...] = ()
+        self.inputs: dict[str, Any] = {}
         self.warnings: list[str] = []
         self._renamed: set[str] = set()  # shards that an earlier session published
         self._fds: dict[str, int] = {}  # of the others
@@ -160,7 +161,7 @@ class Output:
         self._sync_names()
 
     def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
-        self.finished = dict(before.finished)
+        self.finished, self.inputs = dict(before.finished), before.header["inputs"]
         self.sessions = (*before.sessions, session())
         if not (self._resume or self._overwrite):
             undo.callback(files.forget, self.folder / JOURNAL)
