@@ -23,6 +23,7 @@ from torture_faults import require_message
 from torture_runs import WAYS, begun, going_on, require_nothing_false, shown_before
 from torture_seam import Counter, Seam, changes
 from torture_world import (
+    OLD,
     Content,
     Law,
     Outcome,
@@ -170,14 +171,18 @@ def spoil(path: Path, change: str, rng: random.Random) -> None:
 
 
 def at_once(world: World, way: str, out: Path, rng: random.Random, outcome: Outcome) -> None:
-    """Two runs into one folder: one does the work, and the other one says who does, or comes when it is done."""
+    """Two runs into one folder, with other options where both may begin: the output is that of one of them.
+
+    One does the work; the other says who does, or comes when it is done.
+    """
     other = out.with_name("other.pickle")
     other.unlink(missing_ok=True)
     wait_s = rng.uniform(0, 0.08)
+    other_options = () if way == "resume" else OLD
 
     def second() -> int:
         time.sleep(wait_s)
-        other.write_bytes(pickle.dumps(world.run(out, *WAYS[way], said=out.with_name("other.said"))))
+        other.write_bytes(pickle.dumps(world.run(out, *WAYS[way], *other_options, said=out.with_name("other.said"))))
         return 0
 
     pid = fork(second)
@@ -195,6 +200,11 @@ def at_once(world: World, way: str, out: Path, rng: random.Random, outcome: Outc
             )
     if all(ended.code for ended in runs):
         raise Law(f"neither run did the work: {[ended.said for ended in runs]}")
+    found = content(out)
+    if found != world.old:
+        require_same(found, world.reference, "after two runs")
+    else:
+        must(world.run(out, *WAYS["overwrite"]))
 
 
 def lack(kind: str, code: int) -> None:

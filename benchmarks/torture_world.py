@@ -32,6 +32,7 @@ from lox_stream.synthetic import llama_shapes, write_pair
 HANGS_S = 120.0
 VOLATILE = ("times", "seal", "warnings")  # of a manifest
 Content = dict[str, bytes]
+OLD = ("--alpha", "0.5")  # options of an output that is to be replaced
 
 
 class Law(Exception):
@@ -84,7 +85,7 @@ class World:
         must(in_child(lambda: self._make(), root / "said"))
         self.inputs = content(self.base) | {f"aligned/{name}": data for name, data in content(self.aligned).items()}
         self.reference = self._finished("reference")
-        self.old = self._finished("old", "--alpha", "0.5")
+        self.old = self._finished("old", *OLD)
         self._make_half()
         self.weights = tuple(name for name in self.reference if name.endswith(".safetensors"))
         self.indexes = tuple(name for name in self.reference if name.endswith("index.json"))

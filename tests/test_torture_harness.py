@@ -105,7 +105,7 @@ def tortured(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_program_that_is_wrong_is_found(part, change):
-    ran = tortured(change, "--only", part, "--minutes", "0.5")
+    ran = tortured(change, "--only", part, "--minutes", "0.4")
     assert ran.returncode == 1, ran.stdout
     failures = json.loads(ran.stdout.splitlines()[-1])["parts"][0]["failures"]
     assert all(case.startswith(f"--only {part}") for case in failures)
