@@ -139,7 +139,7 @@ class Log:
 def recorded(world: World, way: str, batch: int, folder: Path) -> Log:
     """Record a run to its end; raises Law where the log does not tell what is on the disk."""
     rng = random.Random(batch)
-    out = begun(world, way, folder / "recorded", rng)
+    out = begun(world, way, folder / "recorded" / "out", rng)
     before = shown_before(way, out)
 
     def work() -> tuple[Disk, list[Op]]:

@@ -14,7 +14,7 @@ PROMISES = {  # of each part: the promise, the attack, and which counts tell how
         "after `kill -9` at any moment, and the last `--resume`, no byte differs; no index or manifest stands "
         "over weights "
         "that are half new",
-        "new runs, runs with `--overwrite`, repairs, and the resumed runs after them, of six shapes, killed at "
+        "new runs, runs with `--overwrite`, repairs, and the resumed runs after them, of seven shapes, killed at "
         "random times "
         "and before, after and in the middle of a call that changes the disk; up to four kills an output",
         ("kills", "kills of resumed runs", "kills of runs over a finished output", "kills of repairs"),
@@ -72,7 +72,8 @@ def table(tortured: Mapping[str, Any], fuzzed: Mapping[str, Any]) -> str:
     lines = ["| promise | attack | command | counts | broke it |", "| --- | --- | --- | --- | ---: |"]
     for part in tortured["parts"]:
         promise, attack, counts = PROMISES[part["part"]]
-        told = [f"{part['cases']:,} cases", *(f"{part['counts'].get(name, 0):,} {name}" for name in counts)]
+        whole = f" of {part['of']:,}" if part.get("of") else ""
+        told = [f"{part['cases']:,}{whole} cases", *(f"{part['counts'].get(name, 0):,} {name}" for name in counts)]
         told += [f"not tried here: {reason}" for reason in part["skipped"]]
         command = RUN.format(part=part["part"])
         lines.append(f"| {promise} | {attack} | {command} | {'; '.join(told)} | {len(part['failures']):,} |")

@@ -22,7 +22,7 @@ def begun(world: World, way: str, out: Path, rng: random.Random) -> Path:
     """The folder as it is before the first run: absent, half done, finished with other options, or damaged."""
     if way == "new":
         return fresh(out)
-    fresh(out, world.root / {"resume": "half", "overwrite": "old", "repair": "reference"}[way])
+    fresh(out, world.made({"resume": "half", "overwrite": "old", "repair": "reference"}[way]))
     for name in world.weights if way == "repair" else ():
         data = bytearray((out / name).read_bytes())
         for _ in range(rng.randint(1, 3)):
@@ -71,7 +71,7 @@ def stage(found: Content, world: World) -> str:
     if any(name in found for name in world.indexes):
         return "after an index"
     finished = found[JOURNAL].count(b'\n{"tensor":')
-    if finished < len(world.shape.shapes) * (2 if world.shape.pipeline else 1):
+    if finished < len(world.shape.shapes) * (2 if world.shape.kind == "pipeline" else 1):
         return "while tensors were written" if finished else "before the first record"
     whole = all(name + PARTIAL in found for name in world.weights)
     return "while companions were copied" if whole else "while weights were renamed"

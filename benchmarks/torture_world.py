@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torture_seam import Counter, Killer, Seam, changes
 
 from lox_stream import Options, api, cli_run, committer, rendering  # noqa: F401  imported here, once for all children
@@ -46,8 +47,7 @@ class Shape:
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     shards: int = 1
-    torch_file: bool = False  # aligned is a pytorch_model.bin
-    pipeline: bool = False  # of diffusers, with two components of these shapes
+    kind: Literal["safetensors", "torch", "pipeline", "adapter"] = "safetensors"  # of aligned; a pipeline has it twice
     options: Mapping[str, str | int] = field(default_factory=dict)
 
 
@@ -56,13 +56,14 @@ SHAPES = (
     Shape("one file", llama_shapes(48, 96, 1, 160)),
     Shape("three shards", llama_shapes(48, 64, 2, 96), 3),
     Shape("many small tensors", MANY, 2),
-    Shape("pytorch_model.bin", llama_shapes(48, 96, 1, 160), torch_file=True),
+    Shape("pytorch_model.bin", llama_shapes(48, 96, 1, 160), kind="torch"),
     Shape(
         "a pipeline in new files",
         llama_shapes(32, 48, 1, 64),
-        pipeline=True,
+        kind="pipeline",
         options={"dtype": "float32", "max_shard_size": 20_000},
     ),
+    Shape("a LoRA adapter", llama_shapes(48, 64, 1, 96), kind="adapter"),
     Shape("stochastic rounding", llama_shapes(48, 64, 1, 96), 2, options={"rounding": "stochastic", "seed": 7}),
 )
 
@@ -92,20 +93,23 @@ class World:
         assert all(self.old[name] != self.reference[name] for name in self.weights), "an old output is another one"
 
     def _make(self) -> int:
-        if self.shape.pipeline:
+        if self.shape.kind == "pipeline":
             self._make_pipeline()
         else:
             write_pair(self.root, self.shape.shapes, aligned_shards=self.shape.shards)
-        if self.shape.torch_file:
-            from safetensors.torch import load_file
-
-            torch.save(load_file(self.aligned / "model.safetensors"), self.aligned / "pytorch_model.bin")
+        if self.shape.kind in ("torch", "adapter"):
+            tensors = load_file(self.aligned / "model.safetensors")
             (self.aligned / "model.safetensors").unlink()
-        (self.aligned / "code").mkdir()
-        (self.aligned / "code" / "run.sh").write_text("#!/bin/sh\n")
-        (self.aligned / "code" / "run.sh").chmod(0o755)
-        (self.aligned / "tokenizer.json").write_text(json.dumps({"vocabulary": list(range(3000))}))
-        (self.aligned / "README.md").write_text("---\nlicense: mit\n---\n# aligned\n")
+            if self.shape.kind == "torch":
+                torch.save(tensors, self.aligned / "pytorch_model.bin")
+            else:
+                self._make_adapter(tensors)
+        home = self.base if self.shape.kind == "adapter" else self.aligned  # what travels with the weights
+        (home / "code").mkdir()
+        (home / "code" / "run.sh").write_text("#!/bin/sh\n")
+        (home / "code" / "run.sh").chmod(0o755)
+        (home / "tokenizer.json").write_text(json.dumps({"vocabulary": list(range(3000))}))
+        (home / "README.md").write_text("---\nlicense: mit\n---\n# aligned\n")
         return 0
 
     def _make_pipeline(self) -> None:
@@ -118,13 +122,32 @@ class World:
         for side in (self.base, self.aligned):
             (side / "model_index.json").write_text(json.dumps(said))
 
+    def _make_adapter(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """LoRA of rank 4 on every projection."""
+        generator = torch.Generator().manual_seed(0)
+        factors = {}
+        for name, tensor in tensors.items():
+            if name.endswith("_proj.weight"):
+                at = f"base_model.model.{name.removesuffix('.weight')}"
+                factors[f"{at}.lora_A.weight"] = torch.randn(4, tensor.shape[1], generator=generator) * 0.1
+                factors[f"{at}.lora_B.weight"] = torch.randn(tensor.shape[0], 4, generator=generator) * 0.1
+        save_file(factors, self.aligned / "adapter_model.safetensors")
+        said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+        (self.aligned / "adapter_config.json").write_text(json.dumps(said))
+        (self.aligned / "config.json").unlink()
+
     def _finished(self, name: str, *more: str) -> Content:
-        must(self.run(self.root / name, *more))
-        return content(self.root / name)
+        must(self.run(self.made(name), *more))
+        return content(self.made(name))
+
+    def made(self, name: str) -> Path:
+        """The output that is `reference`, `old` or `half`; its folder is called as all are, for a card may say it."""
+        (self.root / name).mkdir(exist_ok=True)
+        return self.root / name / "out"
 
     def _make_half(self) -> None:
         """An output that was killed on its way, for resumed runs."""
-        out = self.root / "half"
+        out = self.made("half")
         moment = len(self.calls(out, counts=changes)) // 2
         fresh(out)
 
@@ -308,6 +331,7 @@ class Outcome:
 
     part: str
     cases: int = 0
+    of: int | None = None  # cases that there are; None: any number
     counts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)  # case -> what went wrong
     skipped: list[str] = field(default_factory=list)  # what could not be tried here, and why

@@ -119,3 +119,12 @@ def test_the_short_form_breaks_no_law_and_counts_what_it_did():
     assert {"kills", "power", "inputs", "memory", "faults"} <= parts.keys()
     assert parts["kills"]["counts"]["kills"] > 20
     assert parts["power"]["counts"]["states"] > 100
+
+
+def test_the_table_in_the_docs_is_that_of_the_committed_results():
+    promises = benchmark("torture_promises")
+    results = BENCHMARKS / "results"
+    records = [json.loads((results / name).read_text()) for name in ("reliability.json", "fuzzing.json")]
+    assert promises.table(*records) in (BENCHMARKS.parent / "docs" / "reliability.md").read_text()
+    assert all(not part["failures"] for part in records[0]["parts"])
+    assert {part["part"] for part in records[0]["parts"]} <= promises.PROMISES.keys()
