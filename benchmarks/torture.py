@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.docs is not None and (args.results is None or args.results.stem != "reliability"):
         parser.error("--docs needs --results .../reliability.md, which it is written from")
+    if not Path("/proc/self/fd").is_dir():
+        parser.error("needs /proc, as Linux has it")
     memory = Path("/dev/shm")
     where = args.folder or (memory if memory.is_dir() else None)
     with tempfile.TemporaryDirectory(dir=where, prefix="lox-torture-") as name:

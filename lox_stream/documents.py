@@ -7,7 +7,7 @@ from typing import Any
 
 from lox_stream import files
 from lox_stream.checkpoint import PIPELINE_INDEX, companion_path, models_in
-from lox_stream.facts import TensorFacts
+from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
@@ -25,8 +25,8 @@ def written_documents(
     sessions: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
     began: Mapping[str, Any] | None = None,
-) -> dict[str, bytes]:
-    """Name -> content of each, for `Output.publish`; `sessions` and the rest as for `manifest_of`.
+) -> Documents:
+    """What `Output.publish` makes of them; `sessions` and the rest as for `manifest_of`.
 
     Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
@@ -42,13 +42,15 @@ def written_documents(
         path = plan.aligned.folder / PIPELINE_INDEX
         with files.explained(path, "read it", GO_ON):
             written[PIPELINE_INDEX] = path.read_bytes()
-    beside = {name: stamp([data]) for name, data in written.items()}
+    copied = {}
     for relative in plan.aligned.companions:
         if relative.as_posix() not in written:
             path = companion_path(plan.aligned, relative)
             with files.explained(path, "read it", GO_ON):
-                beside[relative.as_posix()] = stamp_of(path)
+                copied[relative.as_posix()] = stamp_of(path)
+    beside = {name: stamp([data]) for name, data in written.items()} | copied
     facts = manifest_of(
         plan, finished, elapsed_s=elapsed_s, sessions=sessions, warnings=warnings, beside=beside, began=began
     )
-    return written | {MANIFEST: sealed(as_json(facts))}
+    manifest = {MANIFEST: sealed(as_json(facts))}
+    return Documents(written | manifest, {name: row["xxh3_128"] for name, row in copied.items()})

@@ -42,3 +42,11 @@ class TensorFacts:
     checksum: str  # xxh3_128 of its bytes, hexadecimal
     matrices: tuple[MatrixFacts, ...] = ()
     notices: tuple[str, ...] = ()  # messages for a person about this tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The files beside the weights of a finished output, by their names in its folder."""
+
+    written: dict[str, bytes]  # manifest, indexes, model card: their content
+    copied: dict[str, str]  # what travels with the weights: xxh3_128 of its content, hexadecimal

@@ -74,7 +74,7 @@ def _expected(plan: Plan, check: Check) -> bytes | None:
     if Path(check.name) in plan.aligned.companions and check.name != MODEL_CARD:
         return companion_path(plan.aligned, Path(check.name)).read_bytes()
     facts = facts_of(read_manifest(plan.out)["tensors"])
-    return written_documents(plan, facts, elapsed_s=0.0).get(check.name)
+    return written_documents(plan, facts, elapsed_s=0.0).written.get(check.name)
 
 
 def _compared(folder: Path, check: Check, expected: np.ndarray) -> Wrong | None:

@@ -7,9 +7,9 @@ weights are called NAME.partial and the journal says which tensors are finished;
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from lox_stream import files
 from lox_stream.checkpoint import Shard, companion_path, index_names
 from lox_stream.committer import Committer
 from lox_stream.errors import Cancelled, OutputError, ResumeError
-from lox_stream.facts import TensorFacts
+from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, identity, replay, session
 from lox_stream.matching import whole_pairs
@@ -203,11 +203,10 @@ class Output:
         self._committer.put(facts, self.place(facts.name))
         self.finished[facts.name] = facts
 
-    def publish(self, documents: Mapping[str, bytes]) -> None:
+    def publish(self, documents: Documents) -> None:
         """Make the finished checkpoint appear: companions and card, weights, index, manifest, each synced in turn.
 
-        `documents` maps file names to their content: the manifest, the index and whatever else. A crash at any
-        point leaves a state that --resume publishes again.
+        A crash at any point leaves a state that --resume publishes again.
         """
         missing = self._shard_of.keys() - self.finished.keys()
         assert not missing, f"not finished: {sorted(missing)[:3]}"
@@ -219,27 +218,23 @@ class Output:
             for fd in self._fds.values():
                 os.fsync(fd)
                 files.drop_cache(fd)
-            self._copy_companions(documents)
-            for name in [name for name in documents if name not in last]:
-                files.replace_file(self.folder / name, documents[name])
+            self._copy_companions(documents.copied)
+            for name in [name for name in documents.written if name not in last]:
+                files.replace_file(self.folder / name, documents.written[name])
             files.sync_folder(self.folder)
             self._rename_shards()
             for name in last:
-                files.replace_file(self.folder / name, documents[name])
+                files.replace_file(self.folder / name, documents.written[name])
                 files.sync_folder((self.folder / name).parent)
             self._journal.remove()
             files.sync_folder(self.folder)
 
-    def _copy_companions(self, documents: Mapping[str, bytes]) -> None:
+    def _copy_companions(self, checksums: Mapping[str, str]) -> None:
         """Copy what travels with the weights; OutputError for a file that is no longer what the manifest says."""
-        said = json.loads(documents[MANIFEST])["files"]
-        for relative in self.plan.aligned.companions:
-            target = self.folder / relative
-            if relative.as_posix() in {*documents, JOURNAL}:
-                continue
+        for name, checksum in checksums.items():
+            source, target = companion_path(self.plan.aligned, Path(name)), self.folder / name
             files.make_folder(target.parent)
-            source = companion_path(self.plan.aligned, relative)
-            if files.copy_file(source, target) != said[relative.as_posix()]["xxh3_128"]:
+            if files.copy_file(source, target) != checksum:
                 raise OutputError(f"{source}: was modified while the result was published. {GO_ON}")
             files.sync_folder(target.parent)
 

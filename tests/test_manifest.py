@@ -80,7 +80,7 @@ def plan(aligned: Checkpoint, tmp_path: Path) -> Plan:
 def output(plan: Plan, finished: dict[str, TensorFacts]) -> Path:
     """A finished output that copies aligned."""
     shutil.copytree(plan.aligned.folder, plan.out)
-    for name, data in written_documents(plan, finished, elapsed_s=2.0).items():
+    for name, data in written_documents(plan, finished, elapsed_s=2.0).written.items():
         (plan.out / name).write_bytes(data)
     return plan.out
 

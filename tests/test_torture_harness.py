@@ -78,6 +78,9 @@ def test_what_lies_in_a_folder_is_lost_with_its_name(disk):
     assert found == {(), (("d/", b""), ("d/a", b"x"))}
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
 def tortured(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The harness, run on a program that was changed."""
     program = (
@@ -91,6 +94,7 @@ def tortured(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+@linux
 @pytest.mark.torture
 @pytest.mark.parametrize(
     ("part", "change"),
@@ -111,6 +115,7 @@ def test_a_program_that_is_wrong_is_found(part, change):
     assert all(case.startswith(f"--only {part}") for case in failures)
 
 
+@linux
 @pytest.mark.torture
 def test_the_short_form_breaks_no_law_and_counts_what_it_did():
     ran = tortured("", "--minutes", "1", "--seed", "11")
