@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,16 +44,46 @@ def dequantised(q: Tensor, scale: Tensor, blocks: Blocks, run: Run = in_order) -
 
     def task(i: int) -> None:
         band = slice(i * BAND, (i + 1) * BAND)
-        out[band].copy_(q[band]).mul_(_spread(scale, blocks, band, q.shape))
+        _band_of(q, scale, blocks, band, out[band])
 
     run(task, -(-q.shape[0] // BAND))
     return out
 
 
+def retention(
+    info: TensorInfo, scaled: Scaled, total: Tensor, q: Tensor, scale: Tensor, run: Run = in_order
+) -> float | None:
+    """The share of the update, total - W1, that is left in q * scale - W1, W1 as it is stored; None without an update.
+
+    Reads W1 once; a band at a time, with sums in their order.
+    """
+    count = -(-total.shape[0] // BAND)
+    sums = [(0.0, 0.0)] * count
+    before = scales_of(scaled)
+    with mapped(info) as data:
+        old = _tensor(data, info).view(info.shape)
+
+        def task(i: int) -> None:
+            band = slice(i * BAND, (i + 1) * BAND)
+            w1 = _band_of(old, before, scaled.blocks, band, torch.empty_like(total[band]))
+            left = _band_of(q, scale, scaled.blocks, band, torch.empty_like(w1)).sub_(w1).view(-1)
+            update = (total[band] - w1).view(-1)
+            sums[i] = float(torch.dot(left, update)), float(torch.dot(update, update))
+
+        run(task, count)
+    square = math.fsum(of for _, of in sums)
+    return math.fsum(of for of, _ in sums) / square if square > 0 else None
+
+
+def _band_of(q: Tensor, scale: Tensor, blocks: Blocks, band: slice, out: Tensor) -> Tensor:
+    return out.copy_(q[band]).mul_(_spread(scale, blocks, band, q.shape))
+
+
 def fresh_scales(total: Tensor, dtype: torch.dtype, blocks: Blocks, like: Tensor, run: Run = in_order) -> Tensor:
     """Scales by which the largest number of each block becomes the largest of `dtype`: (m, n) -> as `like`.
 
-    Where the scales of `like` are all powers of two, the next power of two. A block of zeros has scale 1.
+    Where the scales of `like` are all powers of two, the next power of two. A block of zeros has scale 1, and none is
+    below the normal numbers of its dtype.
     """
     (m, n), (down, across) = total.shape, blocks.grid(*total.shape)
     of_rows = torch.empty(m, across)
@@ -67,7 +98,7 @@ def fresh_scales(total: Tensor, dtype: torch.dtype, blocks: Blocks, like: Tensor
     scale = torch.where(largest > 0, largest / LARGEST[dtype], torch.ones(()))
     if bool((torch.frexp(like.float())[0] == 0.5).all()):
         scale = torch.exp2(torch.log2(scale).ceil())
-    return scale.to(like.dtype).view(like.shape)
+    return scale.clamp(min=torch.finfo(like.dtype).tiny).to(like.dtype).view(like.shape)
 
 
 def quantise(

@@ -122,11 +122,7 @@ def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Opt
     fp8.quantise(total, scale, blocks, q, key, run)
     _copy(as_bytes(q), targets[0], 0, run)
     targets[1].write(0, as_bytes(scale))
-    before = fp8.opened(step.aligned, step.scaled, run)
-    update = total.sub_(before).view(-1)
-    left = fp8.dequantised(q, scale, blocks, run).sub_(before).view(-1)
-    square = float(torch.dot(update, update))
-    return float(torch.dot(left, update)) / square if square > 0 else None
+    return fp8.retention(step.aligned, step.scaled, total, q, scale, run)
 
 
 def _changed(step: Step, place: Callable[[Step], Target], options: Options, run: Run) -> tuple[TensorFacts, Target]:

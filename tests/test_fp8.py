@@ -275,6 +275,16 @@ def test_stochastic_rounding_to_fp8_is_right_on_average(dtype):
     assert ((mean - total).abs() <= 6 * step / 400**0.5 + 1e-4).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_blocks_of_tiny_numbers_and_of_zeros_give_numbers(dtype):
+    blocks, total = Blocks(1, 8), torch.tensor([[1e-9], [0.0], [1e-40]]).expand(3, 8)
+    fresh = fp8.fresh_scales(total, torch.float8_e4m3fn, blocks, torch.full((3, 1), 0.3, dtype=dtype))
+    q = torch.empty(3, 8, dtype=torch.float8_e4m3fn)
+    fp8.quantise(total, fresh, blocks, q)
+    wrong = (fp8.dequantised(q, fresh, blocks) - total).abs()
+    assert (wrong <= 0.07 * total + torch.finfo(dtype).tiny).all()
+
+
 def test_scales_that_are_powers_of_two_stay_so():
     blocks, total = Blocks(128, 128), torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     fresh = fp8.fresh_scales(total, torch.float8_e4m3fn, blocks, torch.full((2, 3), 2.0**-7))
