@@ -14,7 +14,7 @@ PROMISES = {  # of each part: the promise, the attack, and which counts tell how
         "after `kill -9` at any moment, and the last `--resume`, no byte differs; no index or manifest stands "
         "over weights "
         "that are half new",
-        "new runs, runs with `--overwrite`, repairs, and the resumed runs after them, of seven shapes, killed at "
+        "new runs, runs with `--overwrite`, repairs, and the resumed runs after them, of several shapes, killed at "
         "random times "
         "and before, after and in the middle of a call that changes the disk; up to four kills an output",
         ("kills", "kills of resumed runs", "kills of runs over a finished output", "kills of repairs"),
