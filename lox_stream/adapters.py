@@ -87,13 +87,11 @@ class Adapter:
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is an adapter's folder, or its weights; not where a whole model lies beside it."""
     path = Path(path)
-    if path.is_file():
-        return path.name in WEIGHTS
-    if not path.is_dir():
-        return False
     try:
+        if path.is_file():
+            return path.name in WEIGHTS
         names = {child.name for child in path.iterdir()}
-    except OSError:
+    except OSError:  # no folder, or one that cannot be looked at, which whoever opens it will say
         return False
     return bool(names & {CONFIG, *WEIGHTS}) and not any(map(_WHOLE_MODEL.fullmatch, names))
 

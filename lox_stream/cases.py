@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lox_stream import fp8
 from lox_stream.delta import first_not_finite
 from lox_stream.errors import DataError, OptionError
 from lox_stream.matching import Step
 from lox_stream.names import listing, matches, near_misses, printable, unmatched
 from lox_stream.planning import Plan
-from lox_stream.reader import mapped, matrix_at
+from lox_stream.reader import matrix_of
 from lox_stream.regions import Region, regions_of
 
 
@@ -63,9 +65,9 @@ def load(choice: Choice) -> tuple[Tensor, Tensor]:
     """(W1, W0), (m, n) each, in memory of their own. Raises DataError for NaN or Inf."""
     step = choice.step
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    with mapped(step.aligned) as aligned, mapped(step.base) as base:
-        w1 = matrix_at(aligned, step.aligned.dtype, choice.region).clone()
-        w0 = matrix_at(base, step.base.dtype, choice.region).clone()
+    with contextlib.ExitStack() as maps:
+        w1 = matrix_of(fp8.elements(step.aligned, step.scaled, maps), choice.region).clone()
+        w0 = matrix_of(fp8.elements(step.base, step.base_scaled, maps), choice.region).clone()
     if not (bool(w1.isfinite().all()) and bool(w0.isfinite().all())):
         where = first_not_finite(w1, w0)
         raise DataError(f"{printable(choice.name)}: {where}; expected finite numbers. Leave it out with --tensors")

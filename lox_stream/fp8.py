@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -26,6 +27,11 @@ def opened(info: TensorInfo, scaled: Scaled, run: Run = in_order) -> Tensor:
     """A weight of FP8 as float32 (m, n), in memory of its own. Reads it once."""
     with mapped(info) as q, mapped(scaled.scale) as scale:
         return dequantised(_tensor(q, info).view(info.shape), _tensor(scale, scaled.scale), scaled.blocks, run)
+
+
+def elements(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack) -> Tensor:
+    """A tensor's elements where they lie, for as long as `maps` are open, or of FP8 in float32."""
+    return _tensor(maps.enter_context(mapped(info)), info) if scaled is None else opened(info, scaled).view(-1)
 
 
 def scales_of(scaled: Scaled) -> Tensor:
@@ -83,7 +89,7 @@ def fresh_scales(total: Tensor, dtype: torch.dtype, blocks: Blocks, like: Tensor
     """Scales by which the largest number of each block becomes the largest of `dtype`: (m, n) -> as `like`.
 
     Where the scales of `like` are all powers of two, the next power of two. A block of zeros has scale 1, and none is
-    below the normal numbers of its dtype.
+    so small that its dtype makes it zero, or much less than it is.
     """
     (m, n), (down, across) = total.shape, blocks.grid(*total.shape)
     of_rows = torch.empty(m, across)
@@ -98,7 +104,10 @@ def fresh_scales(total: Tensor, dtype: torch.dtype, blocks: Blocks, like: Tensor
     scale = torch.where(largest > 0, largest / LARGEST[dtype], torch.ones(()))
     if bool((torch.frexp(like.float())[0] == 0.5).all()):
         scale = torch.exp2(torch.log2(scale).ceil())
-    return scale.clamp(min=torch.finfo(like.dtype).tiny).to(like.dtype).view(like.shape)
+    finfo = torch.finfo(like.dtype)
+    step = finfo.tiny * finfo.eps  # of the subnormal numbers
+    rounded_up = (scale / step).ceil().clamp(min=1) * step
+    return torch.where(scale < finfo.tiny, rounded_up, scale).to(like.dtype).view(like.shape)
 
 
 def quantise(

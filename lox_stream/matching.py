@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeVar
@@ -141,7 +141,7 @@ def _weight_problems(
         *quantisation_problems("aligned", aligned, schemes, used),
         *quantisation_problems("base", base, base_schemes, base_schemes if missing else used_base),
         *_missing_problems(base, missing),
-        *_shape_problems(plain, pairs, options.on_shape_mismatch == "overlap"),
+        *_shape_problems(plain, pairs, _may_overlap(options, scaled["aligned"])),
         *_dtype_problems(plain, pairs, base_schemes, scaled),
     ]
 
@@ -248,12 +248,25 @@ def _missing_problems(base: Checkpoint, names: list[str]) -> list[str]:
     ]
 
 
-def _shape_problems(tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None], overlap: bool) -> list[str]:
+def _may_overlap(options: Options, scaled: Container[str]) -> Callable[[TensorInfo], bool]:
+    """Whether the rows of a tensor that both have may be extrapolated: not where others share their scales."""
+    if options.on_shape_mismatch != "overlap":
+        return lambda tensor: False
+    return lambda tensor: tensor.name not in scaled or options.dtype != "same"
+
+
+def _shape_problems(
+    tensors: Iterable[TensorInfo], pairs: Mapping[str, TensorInfo | None], overlap: Callable[[TensorInfo], bool]
+) -> list[str]:
     problems: list[str] = []
     more: list[str] = []
     for tensor in tensors:
         partner = pairs[tensor.name]
-        if partner is None or partner.shape == tensor.shape or (overlap and overlapping(tensor.shape, partner.shape)):
+        if (
+            partner is None
+            or partner.shape == tensor.shape
+            or (overlap(tensor) and overlapping(tensor.shape, partner.shape))
+        ):
             continue
         name = printable(tensor.name)
         if len(problems) < _MANY:
@@ -303,10 +316,11 @@ def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:
     warnings = alpha_warnings(options)
     if not pairs.partners and _changes(options):
         warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
-    if pairs.unused:
+    scales = scale_names(scaled_weights(base))
+    unused = [name for name in pairs.unused if name not in scales]
+    if unused:
         warnings.append(
-            f"{printable(base.root)}: {len(pairs.unused)} tensors are not in aligned and not used: "
-            f"{listing(pairs.unused)}"
+            f"{printable(base.root)}: {len(unused)} tensors are not in aligned and not used: {listing(unused)}"
         )
     return warnings
 

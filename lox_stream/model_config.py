@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from lox_stream.checkpoint import Checkpoint
+from lox_stream.scales import QUANTISED
 
 CONFIG = "config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers from 4.56 on, and before
-QUANTISED = ("quantization_config", "compression_config")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 

@@ -16,10 +16,11 @@ from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, Opti
 from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes
-from lox_stream.names import printable
+from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.output_rules import output_problems
+from lox_stream.quantisation import quantised_tensors
 from lox_stream.regions import matrix_count, parts_of_each
 from lox_stream.rewriting import output_dtypes, rewritten
 from lox_stream.shards import unreadable
@@ -76,7 +77,7 @@ def plan(
     warnings: list[str] = []
     if opened_aligned is not None:
         written = rewritten(opened_aligned, output_dtypes(opened_aligned, options.dtype), options.max_shard_size)
-        problems.option += glob_problems(opened_aligned, options)
+        problems.option += [*glob_problems(opened_aligned, options), *_dtype_problems(opened_aligned, options)]
     if opened_base is not None and opened_aligned is not None and written is not None:
         if adapter is None:
             steps, found, warnings = match(opened_base, opened_aligned, options)
@@ -285,6 +286,19 @@ def _same_problems(base: Checkpoint, aligned: Checkpoint) -> list[str]:
     return [
         f"base and aligned are the same files: {printable(base.root)} and {printable(aligned.root)}; "
         "expected two different models: the one before and the one after alignment"
+    ]
+
+
+def _dtype_problems(aligned: Checkpoint, options: Options) -> list[str]:
+    """A plain checkpoint is asked for, and some of its weights would stay quantised."""
+    left = {} if options.dtype == "same" else quantised_tensors(aligned)
+    if not left:
+        return []
+    kinds = " and ".join(dict.fromkeys(left.values()))
+    return [
+        f"--dtype {options.dtype}: aligned holds quantised tensors that cannot be taken apart here ({kinds}): "
+        f"{listing(left)}; expected floats, or FP8 matrices with one scale of a shape that fits. De-quantise the "
+        "checkpoint first, or leave --dtype out"
     ]
 
 

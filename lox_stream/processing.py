@@ -133,10 +133,22 @@ def _changed(step: Step, place: Callable[[Step], Target], options: Options, run:
     if isinstance(found, NotFinite):
         outcome: Outcome = _accepted(step, found, options)
         target = place(step)
-        _by_factors(step, target, options, run, alone=True)
+        if isinstance(_by_factors(step, target, options, run, alone=True), NotFinite):
+            _require_bad_base(step)
     else:
         outcome = (found,) if step.action == "extrapolate" else ()
     return _facts(step, outcome, (), target.checksum(), time.perf_counter() - started), target
+
+
+def _require_bad_base(step: Step) -> None:
+    """What base holds may be written as it is; raises DataError where it is the sum that is no number."""
+    with mapped(step.aligned) as data:
+        w0 = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
+        if all(bool(some.isfinite().all()) for some in w0.split(TILE_ELEMENTS)):  # type: ignore[no-untyped-call]
+            raise DataError(
+                f"{step.name}: base and the adapter's change together are beyond the range of "
+                f"{step.dtype or step.aligned.dtype}. Write a wider --dtype"
+            )
 
 
 def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone: bool) -> MatrixFacts | NotFinite:
@@ -324,7 +336,7 @@ def _setting(step: Step, options: Options, region: Region) -> Setting:
 def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
     """The tensor from its element `first` on, in the dtype of the output."""
     with contextlib.ExitStack() as maps:
-        if step.dtype:
+        if step.dtype and output_bytes(step):
             data, dtype = _numbers(step.aligned, step.scaled, run, maps)
             _convert(torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]), first, step, target, run)
         else:
@@ -343,7 +355,7 @@ def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -
     try:
         run(task, -(-(weight.numel() - first) // TILE_ELEMENTS))
     except NotFinite as problem:
-        raise DataError(f"{step.name}: {problem}. Write another --dtype, such as bfloat16") from problem
+        raise DataError(f"{step.name}: {problem}. Write a wider --dtype, or leave it out") from problem
 
 
 def _copy(data: memoryview, target: Target, offset: int, run: Run) -> None:

@@ -126,7 +126,7 @@ class _Seen:
 
 def _compare_copy(unit: Unit) -> _Seen:
     """Elements are bytes here, whatever the dtype; unless that has changed."""
-    if unit.step.dtype:
+    if unit.step.dtype and unit.n_bytes:
         return _compare_converted(unit)
     with mapped(unit.step.aligned) as aligned, mapped(unit.out) as out:
         same = int((np.frombuffer(aligned, np.uint8) == np.frombuffer(out, np.uint8)).sum())
@@ -137,19 +137,12 @@ def _compare_converted(unit: Unit) -> _Seen:
     """A tensor that was rounded to another dtype and no more."""
     same = 0
     with contextlib.ExitStack() as maps:
-        weight, out = _flat(unit.step.aligned, unit.step.scaled, maps), _flat(unit.out, None, maps)
+        weight, out = fp8.elements(unit.step.aligned, unit.step.scaled, maps), fp8.elements(unit.out, None, maps)
         for first in range(0, out.numel(), PIECE_ELEMENTS):
             piece = slice(first, first + PIECE_ELEMENTS)
             right = rounded_once(weight[piece].double(), out.dtype)
             same += int((right.view(BITS[out.dtype]) == out[piece].view(BITS[out.dtype])).sum())
         return _Seen(out.numel(), same, same == out.numel())
-
-
-def _flat(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack) -> Tensor:
-    """A tensor's elements where they lie, or of FP8 in float32."""
-    if scaled is not None:
-        return fp8.opened(info, scaled).view(-1)
-    return torch.frombuffer(maps.enter_context(mapped(info)), dtype=TORCH_DTYPES[info.dtype])
 
 
 def _compare_matrix(unit: Unit, options: Options) -> _Seen:
@@ -158,7 +151,7 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     options = options_for(step.seed_name or step.name, options)
     with contextlib.ExitStack() as maps:
         w1, w0 = _pair(step, region, maps)
-        out = matrix_of(_flat(unit.out, unit.out_scaled, maps), region).clone()
+        out = matrix_of(fp8.elements(unit.out, unit.out_scaled, maps), region).clone()
     rank, alpha = (0, 0.0) if unit.alone else (step.rank, options.alpha)
     exact = recomputed(w1, w0, rank, alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
@@ -182,12 +175,12 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
 
 def _pair(step: Step, region: Region, maps: contextlib.ExitStack) -> tuple[Tensor, Tensor]:
     """(W1, W0); where an adapter makes W1 that is its product in float64, on W0."""
-    w1 = matrix_of(_flat(step.aligned, step.scaled, maps), region).clone()
+    w1 = matrix_of(fp8.elements(step.aligned, step.scaled, maps), region).clone()
     if step.factors is not None:
         left, right = read_sides(step.factors)
         return w1.double() + step.factors.scaling * (left @ right), w1
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    return w1, matrix_of(_flat(step.base, step.base_scaled, maps), region).clone()
+    return w1, matrix_of(fp8.elements(step.base, step.base_scaled, maps), region).clone()
 
 
 def _quantised(total: Tensor, info: TensorInfo, scaled: Scaled, key: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

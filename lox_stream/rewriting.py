@@ -14,8 +14,9 @@ import xxhash
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorInfo, models_in
 from lox_stream.kinds import kind_of
 from lox_stream.layout import INDEX_SUFFIX
+from lox_stream.names import matches
 from lox_stream.quantisation import FLOATS
-from lox_stream.scales import scale_names, scaled_weights
+from lox_stream.scales import ACTIVATIONS, scale_names, scaled_weights
 from lox_stream.shards import header_of
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # that the output may be asked to have
@@ -26,13 +27,13 @@ def output_dtypes(aligned: Checkpoint, dtype: str) -> dict[str, str]:
     """The dtype of each tensor of the output, where `dtype` is asked for, or "same".
 
     Of floats, but not of vectors that are wider than every matrix: these are so on purpose (biases of a router). Scales
-    of FP8 are not written where the weights are no longer FP8.
+    of FP8, those of activations too, are not written where the weights are no longer FP8.
     """
     found = {name: info.dtype for name, info in aligned.tensors.items()}
     if dtype == "same":
         return found
     scaled = scaled_weights(aligned)
-    scales = scale_names(scaled)
+    scales = scale_names(scaled) | {name for name in found if scaled and matches(name, ACTIVATIONS)}
     found = {name: dtype for name, dtype in found.items() if name not in scales}
     floats = {name: info for name, info in aligned.tensors.items() if name in found and info.dtype in FLOATS}
     matrices = {name for name, info in floats.items() if kind_of(name, info.shape) == "matrix"}

@@ -16,6 +16,8 @@ from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of
 WEIGHTS = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F32", "BF16", "F16")
 SUFFIXES = ("_scale_inv", "_scale")  # of a scale's name, behind its weight's
+QUANTISED = ("quantization_config", "compression_config")  # keys of a config
+ACTIVATIONS = ("*.input_scale", "*.output_scale", "*.[qkv]_scale", "*.prob_scale")  # scales of what flows through
 BLOCK = (128, 128)  # where a config does not tell
 
 
@@ -48,13 +50,12 @@ def blocks_of(shape: tuple[int, int], scale_shape: tuple[int, ...], config: Mapp
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """What config.json says: `weight_block_size`, or `block_structure` of a group of compressed-tensors."""
-    said = config.get("quantization_config") or config.get("compression_config")
-    said = said if isinstance(said, Mapping) else {}
-    groups = said.get("config_groups")
-    schemes = [group.get("weights") for group in _mappings(groups)]
-    for size in (said.get("weight_block_size"), *(scheme.get("block_structure") for scheme in _mappings(schemes))):
-        if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
-            return size[0], size[1]
+    owners = _mappings([config, config.get("text_config")])
+    for said in _mappings([owner.get(key) for owner in owners for key in QUANTISED]):
+        schemes = _mappings([group.get("weights") for group in _mappings(said.get("config_groups"))])
+        for size in (said.get("weight_block_size"), *(scheme.get("block_structure") for scheme in schemes)):
+            if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+                return size[0], size[1]
     return BLOCK
 
 

@@ -76,6 +76,16 @@ def pair(tmp_path):
     return base, write_adapter(tmp_path / "adapter", factors(Q, 80, 64)), tmp_path / "out"
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"skip": ("*",)}])
+@pytest.mark.parametrize("on_nonfinite", ["error", "copy"])
+def test_a_sum_beyond_the_dtype_is_an_error_and_never_an_infinity(pair, options, on_nonfinite):
+    base, adapter, out = pair
+    write_adapter(adapter, {name: 1e4 * tensor for name, tensor in factors(Q, 80, 64).items()})
+    asked = Options(dtype="float16", on_nonfinite=on_nonfinite, **options)
+    with pytest.raises(DataError, match="beyond the range"):
+        extrapolate(base, adapter, out, options=asked)
+
+
 def right(w0: Tensor, delta: Tensor, rank: int, alpha: float) -> Tensor:
     """W0 + delta + alpha * rank-k part of delta, rounded once to the dtype of W0."""
     total = exactly.extrapolated(w0.double() + delta, w0.double(), rank, alpha)

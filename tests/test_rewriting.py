@@ -123,6 +123,15 @@ def test_what_is_beyond_the_dtype_is_an_error_and_no_infinity(tmp_path, name):
         extrapolate(base, aligned, tmp_path / "out", options=Options(dtype="float16", skip=("*q.weight",)))
 
 
+def test_a_tensor_without_elements_is_written_in_another_dtype(tmp_path):
+    base, aligned = pair_of(tmp_path, torch.float32, nothing=torch.zeros(0, 4))
+    extrapolate(base, aligned, tmp_path / "out", options=Options(dtype="bfloat16"))
+    assert weights(tmp_path / "out")["nothing"].shape == (0, 4)
+    options, units = units_of(tmp_path / "out", base, aligned)
+    assert all(compare(unit, options).ok for unit in units)
+    assert dict(stream(base, aligned, options=options))["nothing"].dtype == torch.bfloat16
+
+
 def test_verify_recomputes_what_was_written_in_another_dtype(tmp_path):
     base, aligned = pair_of(tmp_path, torch.float32)
     options = Options(rank=2, dtype="bfloat16", skip=("*embed*",), split_fused=True)
