@@ -29,9 +29,9 @@ def opened(info: TensorInfo, scaled: Scaled, run: Run = in_order) -> Tensor:
         return dequantised(_tensor(q, info).view(info.shape), _tensor(scale, scaled.scale), scaled.blocks, run)
 
 
-def elements(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack) -> Tensor:
+def elements(info: TensorInfo, scaled: Scaled | None, maps: contextlib.ExitStack, run: Run = in_order) -> Tensor:
     """A tensor's elements where they lie, for as long as `maps` are open, or of FP8 in float32."""
-    return _tensor(maps.enter_context(mapped(info)), info) if scaled is None else opened(info, scaled).view(-1)
+    return _tensor(maps.enter_context(mapped(info)), info) if scaled is None else opened(info, scaled, run).view(-1)
 
 
 def scales_of(scaled: Scaled) -> Tensor:

@@ -77,8 +77,12 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     if not pairs.across:  # what wraps another model has an architecture of its own
         problems, others = [*others, *problems], []
     if _changes(options):
-        problems += _weight_problems(base, aligned, reasons, pairs.partners, options)
-    warnings = [*_warnings(base, pairs, options), *_fused_warnings(steps, options), *pairs.warnings]
+        problems += _weight_problems(base, aligned, reasons, pairs.partners, options, scaled, base_scaled)
+    warnings = [
+        *_warnings(base, pairs, options, scale_names(base_scaled)),
+        *_fused_warnings(steps, options),
+        *pairs.warnings,
+    ]
     return tuple(steps), problems, [*warnings, *others]
 
 
@@ -129,10 +133,11 @@ def _weight_problems(
     reasons: Mapping[str, Reason],
     pairs: Mapping[str, TensorInfo | None],
     options: Options,
+    scaled: Mapping[str, Scaled],
+    base_scaled: Mapping[str, Scaled],
 ) -> list[str]:
     """Quantised, missing, of another shape, of a dtype that cannot be computed with."""
     schemes, base_schemes = quantised_tensors(aligned), quantised_tensors(base)
-    scaled = {"aligned": scaled_weights(aligned), "base": scaled_weights(base)}
     used = [name for name, reason in reasons.items() if reason in ("matrix", "integer")]
     plain = [aligned.tensors[name] for name in pairs if name not in schemes and reasons[name] == "matrix"]
     missing = [tensor.name for tensor in plain if pairs[tensor.name] is None]
@@ -141,8 +146,8 @@ def _weight_problems(
         *quantisation_problems("aligned", aligned, schemes, used),
         *quantisation_problems("base", base, base_schemes, base_schemes if missing else used_base),
         *_missing_problems(base, missing),
-        *_shape_problems(plain, pairs, _may_overlap(options, scaled["aligned"])),
-        *_dtype_problems(plain, pairs, base_schemes, scaled),
+        *_shape_problems(plain, pairs, _may_overlap(options, scaled)),
+        *_dtype_problems(plain, pairs, base_schemes, {"aligned": scaled, "base": base_scaled}),
     ]
 
 
@@ -312,11 +317,10 @@ def _fused_warnings(steps: Iterable[Step], options: Options) -> list[str]:
     return fused_warnings([step.name for step in asked if not step.parts])
 
 
-def _warnings(base: Checkpoint, pairs: Pairs, options: Options) -> list[str]:
+def _warnings(base: Checkpoint, pairs: Pairs, options: Options, scales: Container[str]) -> list[str]:
     warnings = alpha_warnings(options)
     if not pairs.partners and _changes(options):
         warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
-    scales = scale_names(scaled_weights(base))
     unused = [name for name in pairs.unused if name not in scales]
     if unused:
         warnings.append(

@@ -17,7 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lox_stream import fp8
 from lox_stream.assembling import Assembly
-from lox_stream.checkpoint import DTYPE_BYTES, TensorInfo
+from lox_stream.checkpoint import DTYPE_BYTES
 from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
@@ -29,9 +29,8 @@ from lox_stream.merging import change_of, update_by
 from lox_stream.names import listing
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, options_for
-from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
+from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at, matrix_of
 from lox_stream.regions import Region, regions_of
-from lox_stream.scales import Scaled
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
 COPY_BYTES = 1 << 20
@@ -114,8 +113,8 @@ def _rescale(
 def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Options, run: Run) -> float | None:
     """Write FP8 numbers and fresh scales of a float32 result; the share of the update that is left in them."""
     assert step.scaled is not None, "it is of FP8"
-    own = options_for(step.seed_name or step.name, options)
-    key = key_of(own.seed, step.seed_name or step.name) if own.rounding == "stochastic" else None
+    (region,) = regions_of(step)
+    key = _setting(step, options, region).key
     dtype, blocks = TORCH_DTYPES[step.aligned.dtype], step.scaled.blocks
     scale = fp8.fresh_scales(total, dtype, blocks, fp8.scales_of(step.scaled), run)
     q = torch.empty(total.shape, dtype=dtype)
@@ -291,8 +290,8 @@ def _source(
 ) -> Callable[[Region], Matrix]:
     """Makes the matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
-    aligned, dtype = _numbers(step.aligned, step.scaled, run, maps)
-    base, base_dtype = _numbers(step.base, step.base_scaled, run, maps)
+    aligned = fp8.elements(step.aligned, step.scaled, maps, run)
+    base = fp8.elements(step.base, step.base_scaled, maps, run)
     assembly = Assembly(target)
     rounded_to = TORCH_DTYPES[step.dtype] if step.dtype else None
     judged_as = torch.bfloat16 if rescaled(step) else None  # finer than FP8
@@ -307,17 +306,17 @@ def _source(
             else:
                 assembly.add(region, first, tile)
 
-        w1, w0 = matrix_at(aligned, dtype, region), matrix_at(base, base_dtype, region)
-        return Matrix(w1, w0, _setting(step, options, region), emit, tell, rounded_to, judged_as)
+        return Matrix(
+            matrix_of(aligned, region),
+            matrix_of(base, region),
+            _setting(step, options, region),
+            emit,
+            tell,
+            rounded_to,
+            judged_as,
+        )
 
     return matrix
-
-
-def _numbers(info: TensorInfo, scaled: Scaled | None, run: Run, maps: contextlib.ExitStack) -> tuple[memoryview, str]:
-    """A weight's bytes where they lie, or of FP8 in float32, and the dtype."""
-    if scaled is not None:
-        return as_bytes(fp8.opened(info, scaled, run)), "F32"
-    return maps.enter_context(mapped(info)), info.dtype
 
 
 def _setting(step: Step, options: Options, region: Region) -> Setting:
@@ -337,8 +336,7 @@ def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
     """The tensor from its element `first` on, in the dtype of the output."""
     with contextlib.ExitStack() as maps:
         if step.dtype and output_bytes(step):
-            data, dtype = _numbers(step.aligned, step.scaled, run, maps)
-            _convert(torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]), first, step, target, run)
+            _convert(fp8.elements(step.aligned, step.scaled, maps, run), first, step, target, run)
         else:
             first_byte = first * DTYPE_BYTES[step.aligned.dtype] if first else 0
             _copy(maps.enter_context(mapped(step.aligned))[first_byte:], target, first_byte, run)
