@@ -10,7 +10,7 @@ from typing import Any
 from lox_stream.companions import OWN_FILES, companion_warnings, find_companions
 from lox_stream.errors import CheckpointError
 from lox_stream.layout import Layout, choose_layout, read_json
-from lox_stream.names import is_plain_relative, listing, printable
+from lox_stream.names import is_plain_relative, listing, printable, shown
 from lox_stream.shards import DTYPE_BITS, DTYPE_BYTES, Shard, TensorInfo, read_shard
 from lox_stream.torch_files import is_torch_file, read_torch_file
 
@@ -122,8 +122,13 @@ def _open_pipeline(root: Path) -> tuple[Checkpoint, set[str]]:
     said = read_json(root / PIPELINE_INDEX)
     problems: list[str] = []
     components, own = [], {PIPELINE_INDEX}
-    named = [name for name, what in said.items() if isinstance(what, list) and _is_folder_name(name)]
-    for name in sorted(name for name in named if _has_weights(root / name)):
+    for name in sorted(name for name in said if _is_folder_name(name) and _has_weights(root / name)):
+        if not isinstance(said[name], list):
+            problems.append(
+                f"{printable(root / PIPELINE_INDEX)}: {printable(name)} is {shown(said[name])}, and there is a folder "
+                "of that name with weights; expected [library, class]. Download the file again"
+            )
+            continue
         try:
             opened, files = _open_model(root / name, choose_layout(root / name))
         except CheckpointError as error:

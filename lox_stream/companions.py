@@ -16,7 +16,7 @@ OWN_FILES = ("lox_stream.json", "lox_stream.journal")  # manifest and journal of
 _WEIGHTS = "bin|pt|pth|ckpt|h5|hdf5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|npz|npy|pkl|pickle|pdparams|mar|nemo"
 _LEFTOVERS = "partial|incomplete|lock|tmp|pyc|swp"
 _LEFT_OUT = re.compile(rf".*\.({_WEIGHTS}|{_LEFTOVERS})(\.index\.json)?", re.IGNORECASE)
-_SAFETENSORS = re.compile(r".*\.safetensors(\.index\.json)?", re.IGNORECASE)
+_SAFETENSORS = re.compile(r".*\.safetensors(\.index(\.[\w-]+)?\.json)?", re.IGNORECASE)
 _CACHE_FOLDERS = re.compile(r"\..*|__pycache__|__MACOSX|wandb|lost\+found|(checkpoint|global_step)[-_]?\d+")
 
 

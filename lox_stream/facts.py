@@ -35,7 +35,7 @@ class TensorFacts:
     """One finished tensor of the output."""
 
     name: str
-    action: str  # "extrapolate" | "copy" | "rescale", for fresh scales of FP8
+    action: str  # "extrapolate" | "copy" | "rescale": as of a Step
     reason: str  # why it was copied, or "matrix"
     n_bytes: int
     elapsed_s: float

@@ -7,7 +7,7 @@ parts are not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -254,14 +254,23 @@ def parts_of(name: str, m: int, n: int, config: Mapping[str, Any]) -> Parts:
     return ()
 
 
-def fused_warnings(whole: Iterable[str]) -> list[str]:
-    """That some tensors have names of fused projections, out of those that were to be split and are not."""
-    names = [name for name in whole if matches(name, FUSED)]
-    if not names:
-        return []
+def fused_warnings(whole: Iterable[str], scaled: Container[str]) -> list[str]:
+    """That some tensors have names of fused projections, out of those that were to be split and are not.
+
+    Of FP8 (`scaled`) none is, for a block of one scale may lie across two parts.
+    """
+    fused = [name for name in whole if matches(name, FUSED)]
+    unknown = [name for name in fused if name not in scaled]
+    fp8 = [name for name in fused if name in scaled]
+    reasons = (
+        (unknown, "and their shapes and config.json do not tell where the parts lie"),
+        (fp8, "and are of FP8, which is not split"),
+    )
     return [
-        f"--split-fused: {len(names)} tensors have names of fused projections, and their shapes and config.json do not "
-        f"tell where the parts lie: {listing(names)}. Each is extrapolated as one matrix"
+        f"--split-fused: {len(names)} tensors have names of fused projections, {reason}: {listing(names)}. Each is "
+        "extrapolated as one matrix"
+        for names, reason in reasons
+        if names
     ]
 
 

@@ -33,7 +33,7 @@ class Row:
     n_bytes: int
     shard: str
     group: str  # the name with its numbers as stars
-    action: str  # "extrapolate" | "copy" | "refuse"
+    action: str  # "extrapolate" | "copy" | "rescale" | "refuse"
     reason: str  # as in a plan; for "refuse" the quantisation scheme or the dtype
     parts: tuple[str, ...] = ()  # of a fused projection that `run` would split
 
@@ -98,12 +98,17 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
     if problems:
         raise OptionError("\n".join(problems))
     schemes, scaled = quantised_tensors(checkpoint), scaled_weights(checkpoint)
-    scales = scale_names(scaled)
+    scales = dict.fromkeys(scale_names(scaled), "copy")
+    scales |= {
+        one.scale.name: "rescale"
+        for name, one in scaled.items()
+        if decide(checkpoint.tensors[name], options) == "matrix"
+    }
     rows = tuple(
         _row(
             *(tensor, shard.name, options, schemes.get(tensor.name), model_of(checkpoint, tensor.name).config),
             fp8=tensor.name in scaled,
-            scales=tensor.name in scales,
+            scales=scales.get(tensor.name),
         )
         for shard in checkpoint.shards
         for tensor in shard.tensors
@@ -123,7 +128,7 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         quantisation=_sums((scheme, 1) for scheme in schemes.values()),
         quantisation_method=quantisation_method(checkpoint.config),
         companions=checkpoint.companions,
-        warnings=(*checkpoint.warnings, *fused_warnings(_unsplit(rows, options))),
+        warnings=(*checkpoint.warnings, *fused_warnings(_unsplit(rows, options), scaled)),
         rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
     )
 
@@ -206,11 +211,11 @@ def _row(
     config: Mapping[str, Any],
     *,
     fp8: bool,
-    scales: bool,
+    scales: str | None,
 ) -> Row:
-    """`fp8`: a weight that can be computed with all the same; `scales`: those of one."""
+    """`fp8`: a weight that can be computed with all the same; `scales`: of those of one, what happens to them."""
     reason: str = "scales" if scales else decide(tensor, options)
-    action = "extrapolate" if reason == "matrix" else "copy"
+    action = scales or ("extrapolate" if reason == "matrix" else "copy")
     if scheme is not None and reason in ("matrix", "integer"):
         action, reason = "refuse", scheme
     elif reason == "matrix" and tensor.dtype not in FLOATS and not fp8:

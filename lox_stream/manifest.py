@@ -40,6 +40,7 @@ class Totals:
     tensors: int
     extrapolated: int
     copied: int  # identical ones included
+    rescaled: int  # scales of FP8 that were made anew
     identical: int  # base and aligned hold the same bytes
     n_bytes: int
     energy: float | None  # share of sum |delta|_F^2 that the updates follow, over the matrices that know theirs
@@ -59,6 +60,7 @@ def totals(finished: Iterable[TensorFacts]) -> Totals:
         tensors=len(rows),
         extrapolated=sum(facts.action == "extrapolate" for facts in rows),
         copied=sum(facts.action == "copy" for facts in rows),
+        rescaled=sum(facts.action == "rescale" for facts in rows),
         identical=sum(facts.reason == "identical" for facts in rows),
         n_bytes=sum(facts.n_bytes for facts in rows),
         energy=_mean((m.energy, m.delta_norm) for m in matrices),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, TypeVar
 
@@ -34,7 +34,7 @@ class Step:
     name: str
     aligned: TensorInfo
     base: TensorInfo | None  # None when copied
-    action: Literal["extrapolate", "copy"]
+    action: Literal["extrapolate", "copy", "rescale"]  # the last for the scales of a weight of FP8
     reason: Reason
     rank: int = 0  # as the user gave it; 0: full rank, no SVD
     count: int = 1
@@ -80,7 +80,7 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
         problems += _weight_problems(base, aligned, reasons, pairs.partners, options, scaled, base_scaled)
     warnings = [
         *_warnings(base, pairs, options, scale_names(base_scaled)),
-        *_fused_warnings(steps, options),
+        *_fused_warnings(steps, options, scaled),
         *pairs.warnings,
     ]
     return tuple(steps), problems, [*warnings, *others]
@@ -159,6 +159,12 @@ def covered(step: Step) -> int:
 def rescaled(step: Step) -> bool:
     """Whether a weight of FP8 is written with fresh scales."""
     return step.scaled is not None and step.action == "extrapolate" and not step.dtype
+
+
+def with_fresh_scales(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps, of which those of scales say whether these are made anew."""
+    fresh = {step.scaled.scale.name for step in steps if step.scaled is not None and rescaled(step)}
+    return tuple(replace(step, action="rescale") if step.name in fresh else step for step in steps)
 
 
 def whole_pairs(steps: Iterable[Step], finished: Mapping[str, Facts]) -> dict[str, Facts]:
@@ -310,17 +316,18 @@ def _dtype_problems(
     return list(problems)
 
 
-def _fused_warnings(steps: Iterable[Step], options: Options) -> list[str]:
+def _fused_warnings(steps: Iterable[Step], options: Options, scaled: Container[str]) -> list[str]:
     asked = [
         step for step in steps if step.action == "extrapolate" and options_for(step.seed_name, options).split_fused
     ]
-    return fused_warnings([step.name for step in asked if not step.parts])
+    return fused_warnings([step.name for step in asked if not step.parts], scaled)
 
 
 def _warnings(base: Checkpoint, pairs: Pairs, options: Options, scales: Container[str]) -> list[str]:
     warnings = alpha_warnings(options)
     if not pairs.partners and _changes(options):
-        warnings.append("no tensor is extrapolated: the output will be a copy of aligned")
+        other = "" if options.dtype == "same" else f", as {options.dtype}"
+        warnings.append(f"no tensor is extrapolated: the output will be a copy of aligned{other}")
     unused = [name for name in pairs.unused if name not in scales]
     if unused:
         warnings.append(

@@ -140,7 +140,7 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         ("SVD", _svd(plan)),
         ("rounding", options.rounding + (f", seed {options.seed}" if options.rounding == "stochastic" else "")),
         *([("recipe", f"{len(options.recipe)} rules, in lox_stream.json")] if options.recipe else []),
-        ("tensors", f"{totals.extrapolated} extrapolated, {totals.copied} copied"),
+        ("tensors", f"{totals.extrapolated} extrapolated, {totals.copied} copied{_rescaled(totals)}"),
         *_measured("energy of the difference in the update", totals.energy),
         *_measured("retention of the update after rounding", totals.retention),
     ]
@@ -161,6 +161,10 @@ def _svd(plan: Plan) -> str:
     if plan.aligned.overlay is not None:
         return "of the adapter's factors"
     return "none" if plan.options.rank == 0 else plan.options.svd
+
+
+def _rescaled(totals: Totals) -> str:
+    return f", {totals.rescaled} of scales made anew" if totals.rescaled else ""
 
 
 def _retention_note(totals: Totals) -> str:

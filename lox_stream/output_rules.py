@@ -9,13 +9,14 @@ from pathlib import Path
 
 from lox_stream.checkpoint import Checkpoint, companion_path, index_names, models_in
 from lox_stream.companions import OWN_FILES
+from lox_stream.layout import is_index
 from lox_stream.names import listing, printable
-from lox_stream.shards import written_bytes
+from lox_stream.sealing import opened
+from lox_stream.shards import parse_json, written_bytes
 
 MANIFEST, JOURNAL = OWN_FILES
 MODEL_CARD, PARTIAL = "README.md", ".partial"  # a file is NAME.partial until it is whole
 _OVERHEAD_BYTES = 1 << 20  # manifest, journal, model card: with 1 KiB for each tensor
-_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 
 
 def output_names(aligned: Checkpoint) -> tuple[str, ...]:
@@ -99,6 +100,41 @@ def held_names(folder: Path, ours: Iterable[str]) -> tuple[str, ...]:
     return tuple(held)
 
 
+def superseded(out: Path, aligned: Checkpoint) -> tuple[str, ...]:
+    """Weights and indexes that an earlier run left in a folder, under names that this one does not write; sorted.
+
+    As its sealed manifest names them, and of the size that it says; and files that it had still in work.
+    """
+    ours = output_names(aligned)
+    foreign = [name for name in held_names(out, ours) if name not in ours and _is_looked_at(name, aligned)]
+    sizes = _written_sizes(out / MANIFEST) if any(map(_is_weights, foreign)) else {}
+    in_work = {name for name in foreign if name.endswith(".safetensors" + PARTIAL)}
+    return tuple(
+        name for name in foreign if name in in_work or (name in sizes and (out / name).lstat().st_size == sizes[name])
+    )
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or is_index(name)
+
+
+def _is_looked_at(name: str, aligned: Checkpoint) -> bool:
+    """Whether a file lies where a loader of the output looks for weights."""
+    return name[: name.rfind("/") + 1] in {model.prefix for model in models_in(aligned)}
+
+
+def _written_sizes(path: Path) -> dict[str, int]:
+    """The files that a manifest says its run wrote, with their bytes; none where there is none that is whole."""
+    try:
+        found = opened(path.read_bytes())
+        said, _ = parse_json(found.data)
+        rows = {**said["shards"], **said["files"]}
+        sizes = {name: row["size"] for name, row in rows.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return sizes if found.state in ("whole", "mended") else {}
+
+
 def _place_problems(out: Path, inputs: dict[str, Path]) -> list[str]:
     """Where the folder lies: it must be or become a folder, apart from both inputs, writable."""
     shown = printable(out)
@@ -180,12 +216,12 @@ def _content_problems(
             f"{shown}: holds files that this run does not write: found {listing(foreign)}, expected {MANIFEST} or "
             f"{JOURNAL} of an earlier run, or nothing but names of this one. Choose another --out"
         ]
-    looked_at = {model.prefix for model in models_in(aligned)}
-    loaded = [name for name in foreign if name.endswith(_WEIGHT_ENDINGS) and name[: name.rfind("/") + 1] in looked_at]
+    gone = superseded(out, aligned)
     problems = [
         f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of another "
         "model. Remove it or choose another --out"
-        for name in loaded
+        for name in foreign
+        if _is_weights(name) and _is_looked_at(name, aligned) and name not in gone
     ]
     return problems + _link_problems(out, aligned)
 

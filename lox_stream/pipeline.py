@@ -180,7 +180,7 @@ def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:
 
 def _together(step: Step, options: Options) -> int:
     """How many steps like this one make a job."""
-    if step.action == "copy" or step.parts or step.factors is not None:
+    if step.action != "extrapolate" or step.parts or step.factors is not None:
         return 1
     return costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) // step.count
 

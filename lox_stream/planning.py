@@ -15,7 +15,7 @@ from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
 from lox_stream.fused import Part
 from lox_stream.layout import read_json
-from lox_stream.matching import Step, glob_problems, match, output_bytes
+from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import output_names as names_written
@@ -83,7 +83,7 @@ def plan(
             steps, found, warnings = match(opened_base, opened_aligned, options)
         else:
             steps, found, warnings = match_adapter(opened_base, adapter, options)
-        steps = tuple(_as_written(step, written) for step in steps if step.name in written.tensors)
+        steps = with_fresh_scales([_as_written(step, written) for step in steps if step.name in written.tensors])
         problems.input += [*_same_problems(opened_base, opened_aligned), *found]
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
@@ -116,7 +116,7 @@ def memory_needed(step: Step, options: Options) -> int:
     """
     if step.factors is not None:
         return costs.factors_bytes(step.m, step.n, step.factors.rank)
-    if step.action == "copy":
+    if step.action != "extrapolate":
         return 0
     return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step)
 
@@ -145,9 +145,9 @@ def _memory_for(part: Part, step: Step, options: Options) -> int:
     solving = 0 if away else at_once * costs.step_bytes(part.m, part.n, step.rank, options.svd)
     if part.groups == 1 or step.base is None:
         return solving
-    size, base_size = DTYPE_BYTES[step.aligned.dtype], DTYPE_BYTES[step.base.dtype]
     wholes = 1 + -(-(at_once - 1) // len(step.parts))
-    return solving + at_once * part.m * part.n * (size + base_size) + wholes * step.m * step.n * size
+    size = DTYPE_BYTES[step.dtype or step.aligned.dtype]
+    return solving + at_once * part.m * part.n * sum(_sizes(step)) + wholes * step.m * step.n * size
 
 
 def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
@@ -155,7 +155,7 @@ def card_memory_needed(step: Step, svd: str, *, blocks: bool = False) -> int:
 
     `blocks`: in the smallest blocks that it can be cut into.
     """
-    if step.action == "copy":
+    if step.action != "extrapolate":
         return 0
     return max(_card_memory_for(part, step, svd, blocks) for part in parts_of_each(step))
 
@@ -192,8 +192,10 @@ def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-able data: inputs, options, each step, totals in tensors and bytes, warnings."""
-    changed = [output_bytes(step) for step in plan.steps if step.action == "extrapolate"]
-    copied = [output_bytes(step) for step in plan.steps if step.action == "copy"]
+    changed, copied, rescaled = (
+        [output_bytes(step) for step in plan.steps if step.action == action]
+        for action in ("extrapolate", "copy", "rescale")
+    )
     return {
         "base": str(plan.base.root),
         "aligned": str(plan.aligned.root),
@@ -202,11 +204,13 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "steps": [_step_summary(step, plan.options) for step in plan.steps],
         "totals": {
             "tensors": len(plan.steps),
-            "bytes": sum(changed) + sum(copied),
+            "bytes": sum(changed) + sum(copied) + sum(rescaled),
             "extrapolated_tensors": len(changed),
             "extrapolated_bytes": sum(changed),
             "copied_tensors": len(copied),
             "copied_bytes": sum(copied),
+            "rescaled_tensors": len(rescaled),
+            "rescaled_bytes": sum(rescaled),
             "shards": len(plan.written.shards),
             "companions": len(plan.aligned.companions),
         },

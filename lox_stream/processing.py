@@ -101,11 +101,11 @@ def _rescale(
     if isinstance(outcome, NotFinite) or all(matrix.method == "zero" for matrix in outcome):
         for step, target in zip((weight, scales), targets, strict=True):
             _copy_from(0, step, target, run)
-        rescaling = _facts(scales, (), (), targets[1].checksum(), 0.0)
+        rescaling = replace(_facts(scales, (), (), targets[1].checksum(), 0.0), action="copy")
     else:
         retention = _quantise(weight, made.data.view(torch.float32).view(weight.m, weight.n), targets, options, run)
         outcome = tuple(replace(matrix, retention=retention) for matrix in outcome)
-        rescaling = replace(_facts(scales, (), (), targets[1].checksum(), 0.0), action="rescale")
+        rescaling = _facts(scales, (), (), targets[1].checksum(), 0.0)
     elapsed_s = time.perf_counter() - started
     return [(_facts(weight, outcome, told, targets[0].checksum(), elapsed_s), targets[0]), (rescaling, targets[1])]
 
@@ -178,7 +178,8 @@ def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, ela
     matrices: tuple[MatrixFacts, ...] = ()
     notices: tuple[str, ...]
     if isinstance(outcome, NotFinite):
-        action, reason, notices = "copy", "not finite", (f"{step.name}: copied unchanged: {outcome}",)
+        done = "copied" if step.factors is None else "merged"
+        action, reason, notices = "copy", "not finite", (f"{step.name}: {done} and not extrapolated: {outcome}",)
     else:
         matrices, notices = outcome, _suspicions(step, outcome)
         if matrices and all(matrix.method == "zero" for matrix in matrices):
@@ -279,8 +280,9 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     """The problem, if such tensors are to be copied; else it is raised."""
     if options.on_nonfinite == "copy":
         return problem
+    copy = "Write a wider --dtype; or, where aligned itself is within its range, copy" if step.dtype else "Copy"
     raise DataError(
-        f"{step.name}: {problem}; expected finite numbers. Copy such tensors unchanged with --on-nonfinite copy, or "
+        f"{step.name}: {problem}; expected finite numbers. {copy} such tensors unchanged with --on-nonfinite copy, or "
         f"this one with --skip '{step.name}'"
     ) from problem
 

@@ -117,6 +117,7 @@ def _why(step: Step, options: Options) -> str:
 def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
     changed = [step for step in plan.steps if step.action == "extrapolate"]
     copied = [step for step in plan.steps if step.action == "copy"]
+    rescaled = [step for step in plan.steps if step.action == "rescale"]
     rank = f"rank {plan.options.rank}" if plan.options.rank else "full rank"
     rules = f", but for {counted(len(plan.options.recipe), 'rule')}" if plan.options.recipe else ""
     rows: list[tuple[str, object]] = [
@@ -132,6 +133,7 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
             "copy",
             f"{counted(len(copied), 'tensor')}, {_size(copied)}, {counted(len(plan.aligned.companions), 'other file')}",
         ),
+        *([("rescale", f"{counted(len(rescaled), 'tensor')}, {_size(rescaled)}, scales of FP8")] if rescaled else []),
     ]
     if changed:
         most = max(changed, key=lambda step: memory_needed(step, plan.options))
@@ -187,6 +189,7 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
             "copied",
             f"{counted(total.copied, 'tensor')}, {total.identical} of them because base and aligned are the same",
         ),
+        *([("rescaled", f"{counted(total.rescaled, 'tensor')} of scales of FP8, made anew")] if total.rescaled else []),
         ("energy captured", f"{percent(total.energy)} of |delta|^2 lies in the leading singular triplets"),
         ("retention", f"{percent(total.retention)} of the update survives the rounding to the output's dtype"),
         (

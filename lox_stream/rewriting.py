@@ -13,7 +13,7 @@ import xxhash
 
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorInfo, models_in
 from lox_stream.kinds import kind_of
-from lox_stream.layout import INDEX_SUFFIX
+from lox_stream.layout import INDEX_SUFFIX, stem_of
 from lox_stream.names import matches
 from lox_stream.quantisation import FLOATS
 from lox_stream.scales import ACTIVATIONS, scale_names, scaled_weights
@@ -63,15 +63,18 @@ def _rewritten(model: Checkpoint, dtypes: Mapping[str, str], max_shard_bytes: in
         replace(shard, tensors=tuple(_as(info, dtypes[info.name]) for info in shard.tensors if info.name in dtypes))
         for shard in model.shards
     )
+    stem = stem_of(model.index_name or shards[0].name)
     names = [shard.name for shard in shards]
+    if _is_variant(model, stem):  # of half precision, as a rule, which may be no longer so
+        names = _names(stem, len(shards))
     if max_shard_bytes:
         infos = [info for shard in shards for info in shard.tensors]
         groups = balanced([info.n_bytes for info in infos], max_shard_bytes)
-        names = _names(_stem(model), len(groups))
+        names = _names(stem, len(groups))
         first = shards[0]
         shards = tuple(replace(first, tensors=tuple(infos[group])) for group in groups)
     laid = tuple(_laid_out(shard, name, model.prefix) for shard, name in zip(shards, names, strict=True))
-    index_name = f"{_stem(model)}{INDEX_SUFFIX}" if len(laid) > 1 else None
+    index_name = f"{stem}{INDEX_SUFFIX}" if len(laid) > 1 else None
     index = (
         None
         if index_name is None
@@ -109,11 +112,11 @@ def _filled(sizes: Sequence[int], limit: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
 
 
-def _stem(model: Checkpoint) -> str:
-    """What its files are called: "model", with the folder of a component."""
+def _is_variant(model: Checkpoint, stem: str) -> bool:
+    """Whether the files are named as a variant of a model, such as fp16, and not as the model itself."""
     if model.index_name is not None:
-        return model.index_name.removesuffix(INDEX_SUFFIX)
-    return model.shards[0].name.removesuffix(ENDING)
+        return model.index_name != stem + INDEX_SUFFIX
+    return model.shards[0].name != stem + ENDING
 
 
 def _names(stem: str, count: int) -> list[str]:

@@ -153,7 +153,7 @@ def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> I
         if row.get("action") == "rescale":
             continue
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
-        if row.get("action") != "extrapolate" or step.action == "copy" or len(facts) != matrix_count(step):
+        if row.get("action") != "extrapolate" or step.action != "extrapolate" or len(facts) != matrix_count(step):
             alone = next(regions_of(step)) if step.factors is not None else None
             yield Unit(step, written, alone, None, True, alone=alone is not None)
             continue

@@ -20,9 +20,10 @@ from lox_stream.errors import Cancelled, OutputError, ResumeError
 from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, identity, replay, session
+from lox_stream.layout import is_index
 from lox_stream.matching import whole_pairs
 from lox_stream.names import listing
-from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL
+from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL, superseded
 from lox_stream.placing import Place
 from lox_stream.planning import Plan, output_names
 from lox_stream.resuming import Survey, changed_inputs, resumable, written_file
@@ -154,11 +155,15 @@ class Output:
     def _retract(self) -> None:
         """Withdraw what is to be replaced: no index and no manifest over weights that are half new.
 
-        The journal is there already, so that a crash leaves a folder that is still known to be ours.
+        The journal is there already, so that a crash leaves a folder that is still known to be ours. Weights of an
+        earlier run in another layout go after their index, and before the manifest, which names them.
         """
-        for name in (*reversed(index_names(self.plan.written)), MANIFEST):
-            (self.folder / name).unlink(missing_ok=True)
-        self._sync_names()
+        earlier = superseded(self.folder, self.plan.written)
+        indexes = [*reversed(index_names(self.plan.written)), *filter(is_index, earlier)]
+        for names in (indexes, earlier, [MANIFEST]):
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+            self._sync_names()
 
     def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
         self.finished, self.inputs = dict(before.finished), before.header["inputs"]

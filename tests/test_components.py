@@ -211,6 +211,68 @@ def test_an_earlier_output_is_replaced_and_strange_weights_are_refused(tmp_path)
         plan(base, aligned, out, overwrite=True)
 
 
+def weights_in(folder):
+    return {name for name in files(folder) if ".safetensors" in name}
+
+
+def test_an_earlier_output_in_another_layout_is_withdrawn(tmp_path):
+    base, aligned, _ = make(tmp_path)
+    out = tmp_path / "out"
+    for size in (2000, 0, 2000):
+        options = replace(OPTIONS, max_shard_size=size)
+        extrapolate(base, aligned, out, options=options, overwrite=True)
+        extrapolate(base, aligned, tmp_path / f"right{size}", options=options, overwrite=True)
+        assert weights_in(out) == weights_in(tmp_path / f"right{size}")
+        assert all(check.ok for check in verify_checksums(out))
+    assert weights_in(tmp_path / "right2000") != weights_in(tmp_path / "right0")
+
+
+def as_variant(folder):
+    """Rename every file of weights as diffusers and transformers name those of the variant fp16."""
+    for path in folder.rglob("*.fp16.safetensors"):
+        path.unlink()
+    for path in [*folder.rglob("*.safetensors*")]:
+        if path.name.endswith(".index.json"):
+            path.write_text(path.read_text().replace("_model-", "_model.fp16-"))
+            path.rename(path.with_name(path.name.replace(".index.json", ".index.fp16.json")))
+        else:
+            stem, dash, number = path.name.removesuffix(".safetensors").partition("-")
+            path.rename(path.with_name(f"{stem}.fp16{dash}{number}.safetensors"))
+
+
+def test_a_pipeline_of_nothing_but_a_variant_keeps_its_names_unless_its_files_are_others(tmp_path):
+    base, aligned, _ = make(tmp_path)
+    extrapolate(base, aligned, tmp_path / "plain", options=OPTIONS)
+    for side in (base, aligned):
+        as_variant(side)
+    extrapolate(base, aligned, tmp_path / "out", options=OPTIONS)
+    variant, plain = files(tmp_path / "out"), files(tmp_path / "plain")
+    assert weights_in(tmp_path / "out") == weights_in(aligned)
+    index = "transformer/diffusion_pytorch_model.safetensors.index.fp16.json"
+    assert set(json.loads(variant[index])["weight_map"].values()) <= {path.name for path in out_of(tmp_path)}
+    shard = "transformer/diffusion_pytorch_model{}-00001-of-00002.safetensors"
+    assert variant[shard.format(".fp16")] == plain[shard.format("")]
+    extrapolate(base, aligned, tmp_path / "wide", options=replace(OPTIONS, dtype="float32"))
+    assert weights_in(tmp_path / "wide") == weights_in(tmp_path / "plain")
+    extrapolate(base, aligned, tmp_path / "small", options=replace(OPTIONS, max_shard_size=2000))
+    assert not [name for name in weights_in(tmp_path / "small") if "fp16" in name]
+    assert len(open_checkpoint(tmp_path / "small").shards) > len(open_checkpoint(aligned).shards)
+
+
+def out_of(folder):
+    return (folder / "out").rglob("*.safetensors")
+
+
+def test_a_component_that_the_index_says_wrongly_is_an_error(tmp_path):
+    base, _, _ = make(tmp_path)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"vae": "AutoencoderKL"}))
+    with pytest.raises(
+        errors.CheckpointError, match=r"vae is 'AutoencoderKL', and there is a folder .* expected \[lib"
+    ):
+        open_checkpoint(base)
+
+
 def test_problems_of_all_components_are_told_at_once(tmp_path):
     base, aligned, _ = make(tmp_path)
     (aligned / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")

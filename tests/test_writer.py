@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,44 @@ def test_a_crash_at_any_step_shows_nothing_false_and_can_be_resumed(
             assert content(plan.out).keys() - {f"{JOURNAL}.partial"} == whole.keys()
             run(plan, overwrite=True)
         assert content(plan.out) == whole, moment
+    assert moment > 20
+
+
+def weights_in(shown: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in shown.items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(("old", "new"), [(ONE, TWO), (TWO, ONE)], ids=["one-two", "two-one"])
+def test_a_crash_while_another_layout_is_replaced_leaves_no_weights_of_it(
+    tmp_path: Path, old: dict[str, dict[str, tuple[int, ...]]], new: dict[str, dict[str, tuple[int, ...]]]
+) -> None:
+    for folder, shards in (("earlier", old), ("new", new)):
+        make(tmp_path / folder / "base", shards, seed=1)
+        make(tmp_path / folder / "aligned", shards, seed=2)
+    earlier, plan = plan_of(tmp_path / "earlier", "../out"), plan_of(tmp_path / "new", "../out")
+    run(earlier)
+    before = content(plan.out)
+    shutil.rmtree(plan.out)
+    run(plan)
+    whole = content(plan.out)
+    for moment in itertools.count():
+        shutil.rmtree(plan.out)
+        run(earlier)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            try:
+                run(plan, overwrite=True)
+                break
+            except Killed:
+                pass
+        shown = content(plan.out)
+        if INDEX in shown:
+            assert weights_in(shown) in (weights_in(before), weights_in(whole))
+        if JOURNAL not in shown:
+            assert {name: shown[name] for name in shown.keys() - {f"{JOURNAL}.partial"}} in (before, whole)
+        run(plan, resume=(plan.out / JOURNAL).exists(), overwrite=not (plan.out / JOURNAL).exists())
+        assert content(plan.out) == whole, moment
+    assert content(plan.out) == whole
     assert moment > 20
 
 
