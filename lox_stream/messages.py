@@ -105,17 +105,25 @@ def _is_of_memory(error: BaseException) -> bool:
     """Whether there was no memory, which torch, threads and the loader of libraries each report in their own way."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
+    if isinstance(error, SystemError):  # of Python, where an allocation failed while torch was loaded
+        return _mapping_limit() is not None
     return isinstance(error, RuntimeError | ImportError | OSError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def _allowed() -> str:
     """Of the limit on what this process may map, where it has one and that may be why."""
-    import resource  # not on Windows, where this module has to be importable to say so
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
+    limit = _mapping_limit()
+    if limit is None:
         return ":"
     return (
         f": this process may map {limit >> 20} MiB (ulimit -v), expected {LEAST_MAPPED >> 20} and what "
         "--memory says, for torch maps most of that. Raise that limit,"
     )
+
+
+def _mapping_limit() -> int | None:
+    """The bytes that this process may map; None without a limit."""
+    import resource  # not on Windows, where this module has to be importable to say so
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
