@@ -84,6 +84,7 @@ def process(
             target = place(step) if isinstance(outcome, NotFinite) else target
             _copy_from(0, step, target, run)
         elif covered(step) < prod(step.aligned.shape):
+            notices += _rows_left(step)
             _copy_from(covered(step), step, target, run)
         elapsed_s = (time.perf_counter() - started) / len(steps)
         finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
@@ -192,16 +193,19 @@ def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, ela
         elapsed_s=elapsed_s,
         checksum=checksum,
         matrices=matrices,
-        notices=(*told, *_rows_left(step, action), *notices),
+        notices=(*told, *notices),
     )
 
 
-def _rows_left(step: Step, action: str) -> tuple[str, ...]:
-    """That a vocabulary grew, and which rows base does not have."""
-    rows = step.aligned.shape[0] if step.aligned.shape else 0
-    if action == "copy" or covered(step) == prod(step.aligned.shape):
-        return ()
-    return (f"{step.name}: rows {step.m} to {rows - 1} are copied, for base has {step.m}; the others are extrapolated",)
+def _rows_left(step: Step) -> list[str]:
+    """That a vocabulary grew, which rows base does not have, and whether these are numbers."""
+    last = step.aligned.shape[0] - 1
+    notices = [f"{step.name}: rows {step.m} to {last} are copied, for base has {step.m}; the others are extrapolated"]
+    with contextlib.ExitStack() as maps:
+        new = fp8.elements(step.aligned, step.scaled, maps)[covered(step) :]
+        if not all(bool(some.isfinite().all()) for some in new.split(TILE_ELEMENTS)):  # type: ignore[no-untyped-call]
+            notices.append(f"{step.name}: NaN or Inf in rows {step.m} to {last}, which are copied as they are")
+    return notices
 
 
 def _extrapolate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, models_in
 from lox_stream.names import listing, pattern_of, printable
-from lox_stream.scales import scaled_weights
+from lox_stream.scales import misfit, scaled_weights
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # what can be extrapolated
 INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
@@ -39,8 +39,9 @@ def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     for tensor in tensors.values():
         scheme, partners = _scheme(tensor, tensors)
         if scheme is not None and tensor.name not in known:
+            why = misfit(checkpoint, tensor)
             for name in (tensor.name, *partners):
-                schemes.setdefault(name, scheme)
+                schemes.setdefault(name, f"{scheme} {why}" if why else scheme)
     return schemes
 
 

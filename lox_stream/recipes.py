@@ -12,6 +12,7 @@ from typing import Any
 from lox_stream.errors import OptionError
 from lox_stream.names import printable
 from lox_stream.options import Options, Rule, check_options, from_json, parse_size, rule_problems
+from lox_stream.sealing import opened
 from lox_stream.shards import is_regular, parse_json, unreadable
 
 OPTIONS = (  # that change bytes
@@ -94,8 +95,14 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def _of_manifest(path: Path, text: str) -> dict[str, Any]:
+    sealed = opened(text.encode())
+    if sealed.state == "broken":
+        raise OptionError(
+            f"--recipe {printable(path)}: was changed since its run wrote it, so that its options may be "
+            "another's. Restore it from a copy, or say in a TOML file what is wanted"
+        )
     try:
-        said = parse_json(text.encode())[0]["options"]
+        said = parse_json(sealed.data)[0]["options"]
         found = from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
         check_options(Options(**found))
         return found

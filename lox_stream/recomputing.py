@@ -56,7 +56,7 @@ class Comparison:
     name: str  # with [index] in a stack
     shape: tuple[int, int]
     dtype: str
-    kind: str  # "rank-k" | "full rank" | "copy"
+    kind: str  # "rank-k" | "full rank" | "merged", by an adapter | "copy"
     elements: int
     same: int  # bit by bit
     predicted_share: float | None  # of elements that differ, as the manifest says
@@ -152,9 +152,11 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     with contextlib.ExitStack() as maps:
         w1, w0 = _pair(step, region, maps)
         out = matrix_of(fp8.elements(unit.out, unit.out_scaled, maps), region).clone()
-    rank, alpha = (0, 0.0) if unit.alone else (step.rank, options.alpha)
-    exact = recomputed(w1, w0, rank, alpha)
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
+    if unit.alone:
+        return _compare_merged(w1, w0, out, rounded_once(w1, out.dtype, key, region.words))
+    alpha = options.alpha
+    exact = recomputed(w1, w0, step.rank, alpha)
     if unit.out_scaled is None:
         right, found, eps = rounded_once(exact.total, out.dtype, key, region.words), out, torch.finfo(out.dtype).eps
     else:
@@ -171,6 +173,20 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     else:
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
+
+
+def _compare_merged(w1: Tensor, w0: Tensor, out: Tensor, right: Tensor) -> _Seen:
+    """Base `w0`, changed by an adapter to `w1` (float64) and no more; where base holds no number, that stays."""
+    numbers = w0.isfinite()
+    same = (out == right) | (out.isnan() & right.isnan())
+    change, wrong = (float((some.double() - of.double())[numbers].norm()) for some, of in ((w1, w0), (out, w1)))
+    error = wrong / change if change else None
+    ok = bool(same[~numbers].all())
+    if out.dtype not in (torch.float32, torch.float64):
+        ok &= int((~same).sum()) <= out.numel() * SLACK + 1
+    else:
+        ok &= wrong <= WIDE_SLACK * change + torch.finfo(out.dtype).eps * float(w1[numbers].norm())
+    return _Seen(out.numel(), int(same.sum()), ok, error)
 
 
 def _pair(step: Step, region: Region, maps: contextlib.ExitStack) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
     complete = state is None
     damaged: list[Damage] = []
     if state is None:
+        damaged += _seal(plan.out)
         found = read_manifest(plan.out)
         state = _state_of(plan, found)
         warnings = agreed(plan, state.header)
@@ -84,23 +85,29 @@ def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: 
     return lost if failed and not is_own(folder / name) else list(dict.fromkeys(failed))
 
 
-def _beside(folder: Path, found: Mapping[str, Any], seen: Seen) -> list[Damage]:
-    """The manifest itself, where a bit of it was put right, and the damaged files beside the weights.
+def _seal(folder: Path) -> list[Damage]:
+    """The manifest itself, where a bit of it was put right.
 
-    Raises OutputError where the manifest was changed, so that nobody knows what of it is true.
+    Raises OutputError where it was changed, so that nobody knows what of it is true.
     """
-    state = opened((folder / MANIFEST).read_bytes()).state
+    path = folder / MANIFEST
+    state = opened(path.read_bytes()).state if path.exists() and is_regular(path) else "unsealed"
     if state == "broken":
         raise OutputError(
             f"{folder / MANIFEST}: was changed or damaged beyond one bit, and with it the checksums of the weights: "
             f"nothing can be told from them. Restore it from a copy. {AGAIN}, which computes everything"
         )
-    failed = [MANIFEST] if state == "mended" else []
+    return [Damage(MANIFEST, MANIFEST)] if state == "mended" else []
+
+
+def _beside(folder: Path, found: Mapping[str, Any], seen: Seen) -> list[Damage]:
+    """The damaged files beside the weights."""
+    failed = []
     for check in check_files(folder, found.get("files")):
         seen(check)
         if not check.ok:
-            failed.append(check.name)
-    return [Damage(name, name) for name in failed]
+            failed.append(Damage(check.name, check.name))
+    return failed
 
 
 def _state_of(plan: Plan, found: Mapping[str, Any]) -> Replay:

@@ -77,16 +77,36 @@ def scaled_weights(checkpoint: Checkpoint) -> dict[str, Scaled]:
     """The matrices of FP8 that can be computed with, by name: those with one scale of a shape that says its blocks."""
     found = {}
     for name, info in checkpoint.tensors.items():
-        if info.dtype not in WEIGHTS or len(info.shape) != 2 or not math.prod(info.shape):
-            continue
-        beside = [checkpoint.tensors[name + end] for end in SUFFIXES if name + end in checkpoint.tensors]
-        if len(beside) != 1 or beside[0].dtype not in SCALES:
-            continue
-        config = model_of(checkpoint, name).config
-        blocks = blocks_of((info.shape[0], info.shape[1]), beside[0].shape, config)
-        if blocks is not None:
-            found[name] = Scaled(beside[0], blocks)
+        scaled = _scaled(checkpoint, info) if info.dtype in WEIGHTS else ""
+        if isinstance(scaled, Scaled):
+            found[name] = scaled
     return found
+
+
+def misfit(checkpoint: Checkpoint, info: TensorInfo) -> str:
+    """Why a weight of FP8 cannot be computed with; nothing where it can, and for another dtype."""
+    found = _scaled(checkpoint, info) if info.dtype in WEIGHTS else ""
+    return found if isinstance(found, str) else ""
+
+
+def _scaled(checkpoint: Checkpoint, info: TensorInfo) -> Scaled | str:
+    """How a weight of FP8 is scaled, or what is wrong with it."""
+    if len(info.shape) != 2 or not math.prod(info.shape):
+        return f"of shape {info.shape}, expected a matrix"
+    beside = [checkpoint.tensors[info.name + end] for end in SUFFIXES if info.name + end in checkpoint.tensors]
+    if len(beside) != 1:
+        return "with two scales, expected one" if beside else "without a scale beside it"
+    if beside[0].dtype not in SCALES:
+        return f"with a scale of {beside[0].dtype}, expected {', '.join(SCALES)}"
+    (m, n), config = info.shape, model_of(checkpoint, info.name).config
+    blocks = blocks_of((m, n), beside[0].shape, config)
+    if blocks is None:
+        size = Blocks(*_block_size(config))
+        return (
+            f"of shape {(m, n)} with a scale of shape {beside[0].shape}, expected one number, {(m, 1)}, or "
+            f"{size.grid(m, n)} for blocks of {size.rows} x {size.columns}"
+        )
+    return Scaled(beside[0], blocks)
 
 
 def scale_names(scaled: Mapping[str, Scaled]) -> set[str]:

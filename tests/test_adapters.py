@@ -488,6 +488,30 @@ def test_a_damaged_output_is_repaired(pair):
     assert weights.read_bytes() == whole
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_knows_what_was_merged_and_no_more(dtype, pair):
+    _, adapter, out = pair
+    tensors = {name: tensor.to(dtype) for name, tensor in base_tensors().items()}
+    tensors[Q][3, 5:7] = torch.tensor([torch.nan, torch.inf])
+    base = folders.write(out.parent / "no numbers", tensors)
+    summary = extrapolate(base, adapter, out, options=Options(on_nonfinite="copy"))
+    assert any(f"{Q}: merged and not extrapolated" in warning for warning in summary.warnings)
+
+    def compared():
+        return {one.name: one for one in compare_all(choose_sample(out, base, adapter, count=9))}[Q]
+
+    assert (compared().kind, compared().ok) == ("merged", True)
+    right = written(out)
+    for wrong in ((3, 5, 1.0), (3, 6, 1.0), None):
+        changed = {name: tensor.clone() for name, tensor in right.items()}
+        if wrong is None:
+            changed[Q] = tensors[Q].clone()  # base without the adapter's change
+        else:
+            changed[Q][wrong[0], wrong[1]] = wrong[2]
+        save_file(changed, out / "model.safetensors")
+        assert not compared().ok
+
+
 @pytest.mark.parametrize("skip", [(), ("*q_proj*",)])
 def test_verify_recomputes_it_from_the_adapter(skip, pair):
     base, adapter, out = pair

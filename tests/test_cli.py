@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -379,6 +380,18 @@ def test_what_nobody_foresaw_is_a_message_and_exit_1(pair, tmp_path, monkeypatch
     assert result.exit_code == 1
     assert said in result.stderr
     assert ("Traceback" in result.stderr) == ("bug" in said)
+
+
+@pytest.mark.parametrize("limit", [resource.RLIM_INFINITY, 1 << 30])
+def test_an_error_of_python_itself_is_one_of_memory_where_that_is_limited(pair, tmp_path, monkeypatch, limit):
+    def fails(*args: object, **named: object) -> None:
+        raise SystemError("error return without exception set")
+
+    monkeypatch.setattr(cli_run, "plan", fails)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
+    result = run(pair, tmp_path / "out")
+    assert ("not enough memory: this process may map 1024 MiB" in result.stderr) == (limit == 1 << 30)
+    assert ("bug in lox-stream" in result.stderr) == (limit == resource.RLIM_INFINITY)
 
 
 def test_a_message_cannot_draw_on_the_terminal():

@@ -15,6 +15,7 @@ from lox_stream import Options, extrapolate, fp8, inspecting, plan, stream
 from lox_stream.errors import CheckpointError, DataError, LoxError
 from lox_stream.journal import replay
 from lox_stream.pipeline import Finished, compute
+from lox_stream.planning import plan_summary
 from lox_stream.recomputing import compare, rounded_once
 from lox_stream.sampling import units_of
 from lox_stream.scales import Blocks, blocks_of
@@ -219,15 +220,51 @@ def test_a_stream_yields_weights_and_scales_as_they_are_written(tmp_path):
 def test_fp8_without_a_scale_that_fits_is_refused_by_name(tmp_path):
     base, aligned = pair_of(tmp_path, "channel", "channel")
     tensors = tensors_of(aligned)
-    for scale in (torch.ones(7, 1), None):
+    for scale, why in (
+        (
+            torch.ones(7, 1),
+            r"of shape \(200, 300\) with a scale of shape \(7, 1\), .* \(2, 3\) for blocks of 128 x 128",
+        ),
+        (torch.ones(200, dtype=torch.float64), "with a scale of F64, expected F32, BF16, F16"),
+        (None, "without a scale beside it"),
+    ):
         tensors["model.layers.0.up.weight_scale"] = scale
         if scale is None:
             del tensors["model.layers.0.up.weight_scale"]
         save_file(tensors, aligned / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(
-            CheckpointError, match=r"aligned: quantised tensors \(F8_E4M3\): found model.layers.0.up.weight"
+            CheckpointError, match=rf"aligned: quantised tensors \(F8_E4M3 {why}\): found model.layers.0.up.weight"
         ):
             plan(base, aligned)
+
+
+def test_scales_that_are_made_anew_are_called_so(tmp_path):
+    base, aligned = pair_of(tmp_path, "channel", "channel")
+    skip = Options(skip=(UP,))
+    for options, count in ((Options(), 2), (skip, 1), (Options(alpha=0), 0)):
+        summary = plan_summary(plan(base, aligned, options=options))
+        totals = summary["totals"]
+        assert totals["rescaled_tensors"] == count
+        assert totals["tensors"] == sum(totals[f"{what}_tensors"] for what in ("extrapolated", "copied", "rescaled"))
+        assert totals["bytes"] == sum(totals[f"{what}_bytes"] for what in ("extrapolated", "copied", "rescaled"))
+        seen = inspecting.inspect_checkpoint(aligned, options)
+        said = {row.name: row.action for row in seen.rows}
+        assert said == {step["name"]: step["action"] for step in summary["steps"]}
+    done = extrapolate(base, aligned, tmp_path / "out", options=skip).totals
+    assert (done.extrapolated, done.rescaled, done.copied) == (1, 1, done.tensors - 2)
+    assert "1 of scales made anew" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_fused_weights_of_fp8_are_said_not_to_be_split(tmp_path):
+    base, aligned = pair_of(tmp_path, "channel", "channel")
+    for side in (base, aligned):
+        tensors = {name.replace("0.up.", "0.mlp.gate_up_proj."): t for name, t in tensors_of(side).items()}
+        save_file(tensors, side / "model.safetensors", metadata={"format": "pt"})
+    for warnings in (
+        plan(base, aligned, options=Options(split_fused=True)).warnings,
+        inspecting.inspect_checkpoint(aligned, Options(split_fused=True)).warnings,
+    ):
+        assert any("are of FP8, which is not split: model.layers.0.mlp.gate_up_proj.weight" in one for one in warnings)
 
 
 def test_a_weight_whose_scale_is_small_in_float16_keeps_its_accuracy(tmp_path):

@@ -348,7 +348,7 @@ def test_a_quantised_base_is_refused_by_its_scheme(opened):
     assert any(problem.startswith("base: quantised tensors (GPTQ or AWQ)") for problem in problems_of(base, aligned))
     base = opened("base", {"x.weight": ([4, 4], "F8_E4M3")})
     (problem,) = problems_of(base, aligned)
-    assert "base: quantised tensors (F8_E4M3)" in problem
+    assert "base: quantised tensors (F8_E4M3 without a scale beside it)" in problem
 
 
 def test_a_config_that_says_quantised_over_plain_tensors_is_refused(opened):

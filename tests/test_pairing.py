@@ -189,6 +189,16 @@ def test_of_a_vocabulary_that_grew_the_common_rows_are_extrapolated(sides, tmp_p
     assert [one.ok for one in compare_all(choose_sample(tmp_path / "out", *pair, count=2))] == [True, True]
 
 
+def test_new_rows_that_are_no_numbers_are_copied_and_said(sides, tmp_path):
+    name = "model.embed_tokens.weight"
+    aligned = {name: weights(40, 16)}
+    aligned[name][37, 3] = torch.nan
+    pair = sides({name: weights(32, 16)}, aligned)
+    summary = extrapolate(*pair, tmp_path / "out", options=Options(rank=2, on_shape_mismatch="overlap"))
+    assert any("NaN or Inf in rows 32 to 39, which are copied as they are" in warning for warning in summary.warnings)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name][32:].isnan(), aligned[name][32:].isnan())
+
+
 def test_tied_weights_that_grew_stay_tied(sides, tmp_path):
     table = weights(40, 16)
     base = {"model.embed_tokens.weight": weights(32, 16)}

@@ -122,6 +122,17 @@ def test_a_manifest_repeats_its_run(pair, tmp_path):
     assert verified.exit_code == 0, verified.output
 
 
+def test_a_manifest_that_was_edited_repeats_nothing(pair, tmp_path):
+    paths = ["--base", pair[0], "--aligned", pair[1]]
+    assert lox("run", *paths, "--out", tmp_path / "a").exit_code == 0
+    manifest = tmp_path / "a" / "lox_stream.json"
+    manifest.write_text(manifest.read_text().replace('"alpha": 1.25', '"alpha": 2.5'))
+    result = lox("run", *paths, "--out", tmp_path / "b", "--recipe", manifest)
+    assert result.exit_code == 2
+    assert "was changed since its run wrote it" in result.stderr
+    assert not (tmp_path / "b").exists()
+
+
 def test_the_first_rule_that_matches_counts_and_skip_wins_over_all(pair):
     rules = (Rule("*.0.*", rank=1), Rule("*.mlp.*", rank=5, alpha=0.0), Rule("*", rounding="stochastic"))
     made = plan(*pair, options=Options(rank=3, recipe=rules, skip=("*embed*",)))

@@ -378,6 +378,13 @@ def test_a_manifest_that_is_lost_cannot_be_repaired_and_the_way_out_is_said(side
         mend(sides)
 
 
+def test_options_that_were_edited_are_damage_and_not_another_run(sides):
+    manifest = sides[2] / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"alpha": 1.25', '"alpha": 2.5'))
+    with pytest.raises(OutputError, match="was changed or damaged beyond one bit"):
+        mend(sides)
+
+
 def test_an_output_from_before_seals_and_files_is_repaired_too(sides):
     out = sides[2]
     whole = content(out)
