@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
@@ -19,7 +20,6 @@ from lox_stream.matching import Step, output_bytes
 from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute
 from lox_stream.planning import DEFAULTS, Plan, plan
-from lox_stream.processing import InMemory
 from lox_stream.reader import TORCH_DTYPES
 from lox_stream.remarks import changed_bytes, run_warnings
 from lox_stream.repairing import survey

@@ -19,6 +19,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 from lox_stream import costs
+from lox_stream.copying import Target
 from lox_stream.device import cards_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
@@ -26,7 +27,7 @@ from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
 from lox_stream.planning import memory_needed
-from lox_stream.processing import Target, process
+from lox_stream.processing import process
 from lox_stream.reader import Prefetch
 from lox_stream.workers import Workers
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Protocol
 
 import torch
 import xxhash
@@ -17,13 +16,13 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lox_stream import fp8
 from lox_stream.assembling import Assembly
-from lox_stream.checkpoint import DTYPE_BYTES
+from lox_stream.copying import InMemory, Target, as_bytes, copy_bytes, copy_from, emit_unchanged
 from lox_stream.costs import together
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
-from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
+from lox_stream.kernels.cpu import TILE_ELEMENTS, Run
 from lox_stream.matching import Step, covered, output_bytes, rescaled
 from lox_stream.merging import change_of, update_by
 from lox_stream.names import listing
@@ -33,31 +32,8 @@ from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at, matrix_of
 from lox_stream.regions import Region, regions_of
 from lox_stream.update import Matrix, Setting, extrapolate_matrices
 
-COPY_BYTES = 1 << 20
 Outcome = tuple[MatrixFacts, ...] | NotFinite  # of a step: an empty tuple for one that is copied
 SUSPICIOUS = 0.5  # |delta| / |W| that fine-tuning does not give
-
-
-class Target(Protocol):
-    """Where a tensor's bytes go; called from several threads, each byte once."""
-
-    def write(self, offset: int, data: memoryview) -> None: ...
-
-    def checksum(self) -> str: ...
-
-
-class InMemory:
-    """A target in memory."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.data = torch.empty(n_bytes, dtype=torch.uint8)
-        self._view = self.data.numpy().data
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._view[offset : offset + data.nbytes] = data.cast("B")
-
-    def checksum(self) -> str:
-        return ""  # nobody reads it from a file again
 
 
 def process(
@@ -82,10 +58,10 @@ def process(
     for step, target, outcome, notices in zip(steps, targets, outcomes, told, strict=True):
         if step.action == "copy" or isinstance(outcome, NotFinite):
             target = place(step) if isinstance(outcome, NotFinite) else target
-            _copy_from(0, step, target, run)
+            copy_from(0, step, target, run)
         elif covered(step) < prod(step.aligned.shape):
             notices += _rows_left(step)
-            _copy_from(covered(step), step, target, run)
+            copy_from(covered(step), step, target, run)
         elapsed_s = (time.perf_counter() - started) / len(steps)
         finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
     return finished
@@ -101,7 +77,7 @@ def _rescale(
     targets = [place(weight), place(scales)]
     if isinstance(outcome, NotFinite) or all(matrix.method == "zero" for matrix in outcome):
         for step, target in zip((weight, scales), targets, strict=True):
-            _copy_from(0, step, target, run)
+            copy_from(0, step, target, run)
         rescaling = replace(_facts(scales, (), (), targets[1].checksum(), 0.0), action="copy")
     else:
         retention = _quantise(weight, made.data.view(torch.float32).view(weight.m, weight.n), targets, options, run)
@@ -120,7 +96,7 @@ def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Opt
     scale = fp8.fresh_scales(total, dtype, blocks, fp8.scales_of(step.scaled), run)
     q = torch.empty(total.shape, dtype=dtype)
     fp8.quantise(total, scale, blocks, q, key, run)
-    _copy(as_bytes(q), targets[0], 0, run)
+    copy_bytes(as_bytes(q), targets[0], 0, run)
     targets[1].write(0, as_bytes(scale))
     return fp8.retention(step.aligned, step.scaled, total, q, scale, run)
 
@@ -170,7 +146,7 @@ def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone
         matrix = Matrix(w0, w0, setting, emit, rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
         facts = update_by(change, matrix, alpha=alpha, run=run)
         if isinstance(facts, MatrixFacts) and facts.method == "zero":
-            _emit_unchanged(matrix, run)
+            emit_unchanged(matrix, run)
     return facts
 
 
@@ -256,28 +232,8 @@ def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list
         found = extrapolate_matrices(matrices, run)
     for matrix, facts in zip(matrices, found, strict=True):
         if isinstance(facts, MatrixFacts) and facts.method == "zero":
-            _emit_unchanged(matrix, run)
+            emit_unchanged(matrix, run)
     return found
-
-
-def _emit_unchanged(matrix: Matrix, run: Run) -> None:
-    flat = matrix.w1.view(-1)
-    size = COPY_BYTES // flat.element_size()
-
-    def task(i: int) -> None:
-        some = flat[i * size : (i + 1) * size]
-        matrix.emit(i * size, some if matrix.dtype == some.dtype else _rounded(some, matrix.dtype))
-
-    run(task, -(-len(flat) // size))
-
-
-def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """To nearest, once. Raises NotFinite where that leaves the range of the dtype."""
-    tile = round_to_nearest(numbers, torch.empty(numbers.shape, dtype=dtype))
-    beyond = tile.isinf() & numbers.isfinite()
-    if bool(beyond.any()):
-        raise NotFinite(f"{float(numbers[beyond][0]):g} is beyond the range of {str(dtype).removeprefix('torch.')}")
-    return tile
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
@@ -336,42 +292,6 @@ def _setting(step: Step, options: Options, region: Region) -> Setting:
         key=key_of(options.seed, name) if options.rounding == "stochastic" else None,
         first=region.words,
     )
-
-
-def _copy_from(first: int, step: Step, target: Target, run: Run) -> None:
-    """The tensor from its element `first` on, in the dtype of the output."""
-    with contextlib.ExitStack() as maps:
-        if step.dtype and output_bytes(step):
-            _convert(fp8.elements(step.aligned, step.scaled, maps, run), first, step, target, run)
-        else:
-            first_byte = first * DTYPE_BYTES[step.aligned.dtype] if first else 0
-            _copy(maps.enter_context(mapped(step.aligned))[first_byte:], target, first_byte, run)
-
-
-def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -> None:
-    """Its elements from `first` on."""
-
-    def task(i: int) -> None:
-        at = first + i * TILE_ELEMENTS
-        tile = _rounded(weight[at : at + TILE_ELEMENTS], TORCH_DTYPES[step.dtype])
-        target.write(at * tile.element_size(), as_bytes(tile))
-
-    try:
-        run(task, -(-(weight.numel() - first) // TILE_ELEMENTS))
-    except NotFinite as problem:
-        raise DataError(f"{step.name}: {problem}. Write a wider --dtype, or leave it out") from problem
-
-
-def _copy(data: memoryview, target: Target, offset: int, run: Run) -> None:
-    def task(i: int) -> None:
-        target.write(offset + i * COPY_BYTES, data[i * COPY_BYTES : (i + 1) * COPY_BYTES])
-
-    run(task, -(-len(data) // COPY_BYTES))
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _suspicions(step: Step, matrices: tuple[MatrixFacts, ...]) -> tuple[str, ...]:
