@@ -42,8 +42,8 @@ class InMemory:
         return ""  # nobody reads it from a file again
 
 
-def emit_unchanged(matrix: Matrix, run: Run) -> None:
-    """W1 as the tiles of the output. Raises NotFinite where another dtype cannot hold it."""
+def emit_unchanged(matrix: Matrix, run: Run) -> NotFinite | None:
+    """W1 as the tiles of the output; what is wrong where their dtype cannot hold it."""
     flat = matrix.w1.view(-1)
     size = COPY_BYTES // flat.element_size()
 
@@ -51,7 +51,11 @@ def emit_unchanged(matrix: Matrix, run: Run) -> None:
         some = flat[i * size : (i + 1) * size]
         matrix.emit(i * size, some if matrix.dtype == some.dtype else _rounded(some, matrix.dtype))
 
-    run(task, -(-len(flat) // size))
+    try:
+        run(task, -(-len(flat) // size))
+    except NotFinite as problem:
+        return problem
+    return None
 
 
 def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:

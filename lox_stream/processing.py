@@ -146,7 +146,7 @@ def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone
         matrix = Matrix(w0, w0, setting, emit, rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
         facts = update_by(change, matrix, alpha=alpha, run=run)
         if isinstance(facts, MatrixFacts) and facts.method == "zero":
-            emit_unchanged(matrix, run)
+            return emit_unchanged(matrix, run) or facts
     return facts
 
 
@@ -230,10 +230,11 @@ def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list
         found = [cards.extrapolate(matrices[0], run)]
     else:
         found = extrapolate_matrices(matrices, run)
-    for matrix, facts in zip(matrices, found, strict=True):
-        if isinstance(facts, MatrixFacts) and facts.method == "zero":
-            emit_unchanged(matrix, run)
-    return found
+    zero = [isinstance(facts, MatrixFacts) and facts.method == "zero" for facts in found]
+    return [
+        (emit_unchanged(matrix, run) or facts) if is_zero else facts
+        for matrix, facts, is_zero in zip(matrices, found, zero, strict=True)
+    ]
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:

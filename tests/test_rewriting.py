@@ -123,6 +123,18 @@ def test_what_is_beyond_the_dtype_is_an_error_and_no_infinity(tmp_path, name):
         extrapolate(base, aligned, tmp_path / "out", options=Options(dtype="float16", skip=("*q.weight",)))
 
 
+@pytest.mark.parametrize("on_nonfinite", ["error", "copy"])
+def test_weights_that_are_the_same_and_beyond_the_dtype_are_told_by_name(tmp_path, on_nonfinite):
+    name = "model.layers.0.attn.q.weight"
+    base, aligned = pair_of(tmp_path, torch.float32)
+    for side in (base, aligned):
+        tensors = load_file(side / "model.safetensors") | {name: torch.full(SHAPES[name], 1e5)}
+        save_file(tensors, side / "model.safetensors")
+    asked = Options(dtype="float16", on_nonfinite=on_nonfinite)
+    with pytest.raises(DataError, match=rf"{name}: 100000 is beyond the range of float16.*Write a wider --dtype"):
+        extrapolate(base, aligned, tmp_path / "out", options=asked)
+
+
 def test_a_tensor_without_elements_is_written_in_another_dtype(tmp_path):
     base, aligned = pair_of(tmp_path, torch.float32, nothing=torch.zeros(0, 4))
     extrapolate(base, aligned, tmp_path / "out", options=Options(dtype="bfloat16"))
