@@ -93,6 +93,7 @@ def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -
 
 def copy_bytes(data: memoryview, target: Target, offset: int, run: Run) -> None:
     """All of `data`, to `offset` of the target."""
+
     def task(i: int) -> None:
         target.write(offset + i * COPY_BYTES, data[i * COPY_BYTES : (i + 1) * COPY_BYTES])
 

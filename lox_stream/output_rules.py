@@ -12,7 +12,7 @@ from lox_stream.companions import OWN_FILES
 from lox_stream.layout import is_index
 from lox_stream.names import listing, printable
 from lox_stream.sealing import opened
-from lox_stream.shards import parse_json, written_bytes
+from lox_stream.shards import is_regular, parse_json, written_bytes
 
 MANIFEST, JOURNAL = OWN_FILES
 MODEL_CARD, PARTIAL = "README.md", ".partial"  # a file is NAME.partial until it is whole
@@ -126,6 +126,8 @@ def _is_looked_at(name: str, aligned: Checkpoint) -> bool:
 def _written_sizes(path: Path) -> dict[str, int]:
     """The files that a manifest says its run wrote, with their bytes; none where there is none that is whole."""
     try:
+        if not is_regular(path):
+            return {}
         found = opened(path.read_bytes())
         said, _ = parse_json(found.data)
         rows = {**said["shards"], **said["files"]}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lox_stream.checkpoint import open_checkpoint
-from lox_stream.output_rules import JOURNAL, MANIFEST, held_names, output_names, output_problems
+from lox_stream.output_rules import JOURNAL, MANIFEST, held_names, output_names, output_problems, superseded
+from lox_stream.sealing import sealed
 
 Usage = namedtuple("Usage", "total used free")
 N_BYTES = 4 << 20
@@ -160,6 +161,29 @@ def test_weights_that_would_be_loaded_instead_of_ours_must_go_first(work, name):
     problem = the_problem(work, "out", overwrite=True)
     assert name in problem
     assert "Remove it" in problem
+
+
+@pytest.mark.parametrize("changed", ["nothing", "the manifest", "the file", "a pipe"])
+def test_of_foreign_weights_only_those_that_a_sealed_manifest_names_are_given_up(work, changed):
+    name, out = "model-00001-of-00002.safetensors", work / "out"
+    fill(out, MANIFEST, name)
+    (out / name).write_bytes(bytes(8))
+    said = {"shards": {name: {"size": 8}}, "files": {}, "index": None}
+    manifest = sealed(json.dumps(said, indent=2).encode() + b"\n")
+    (out / MANIFEST).write_bytes(manifest)
+    if changed == "the manifest":
+        (out / MANIFEST).write_bytes(manifest.replace(b'"index"', b'"dexin"'))
+    elif changed == "the file":
+        (out / name).write_bytes(bytes(9))
+    elif changed == "a pipe":
+        (out / MANIFEST).unlink()
+        os.mkfifo(out / MANIFEST)
+    problems, _ = check(work, "out", overwrite=True)
+    assert [name in problem for problem in problems] == [True] * (changed != "nothing")
+    aligned = open_checkpoint(work / "aligned")
+    assert superseded(out, aligned) == (() if problems else (name,))
+    fill(out, "older.safetensors.partial")
+    assert "older.safetensors.partial" in superseded(out, aligned)
 
 
 @pytest.mark.parametrize("names", [[], ["model.safetensors.partial"]])
