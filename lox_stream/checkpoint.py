@@ -9,14 +9,12 @@ from typing import Any
 
 from lox_stream.companions import OWN_FILES, companion_warnings, find_companions
 from lox_stream.errors import CheckpointError
-from lox_stream.layout import Layout, choose_layout, read_json
+from lox_stream.layout import PIPELINE_INDEX, Layout, choose_layout, read_json
 from lox_stream.names import is_plain_relative, listing, printable, shown
 from lox_stream.shards import DTYPE_BITS, DTYPE_BYTES, Shard, TensorInfo, read_shard
 from lox_stream.torch_files import is_torch_file, read_torch_file
 
 __all__ = ["DTYPE_BITS", "DTYPE_BYTES", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
-
-PIPELINE_INDEX = "model_index.json"  # of a folder of diffusers, whose components lie in folders of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ def companion_warnings(folder: Path, companions: Companions) -> list[str]:
     if companions.other_weights:
         warnings.append(
             f"{printable(folder)}: not copied, since they are no part of the checkpoint: "
-            f"{listing(map(str, companions.other_weights))}; run on such a file by itself to change it too"
+            f"{listing(map(str, companions.other_weights))}; a file of weights is run on by itself to change it too, "
+            "and shards with their index in a folder of their own"
         )
     code = [path for path in companions.files if path.suffix == ".py"]
     if code:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lox_stream import fp8
 from lox_stream.checkpoint import DTYPE_BYTES
-from lox_stream.delta import NotFinite
+from lox_stream.delta import NotFinite, OutOfRange
 from lox_stream.errors import DataError
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
 from lox_stream.matching import Step, output_bytes
@@ -63,7 +63,7 @@ def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     tile = round_to_nearest(numbers, torch.empty(numbers.shape, dtype=dtype))
     beyond = tile.isinf() & numbers.isfinite()
     if bool(beyond.any()):
-        raise NotFinite(f"{float(numbers[beyond][0]):g} is beyond the range of {str(dtype).removeprefix('torch.')}")
+        raise OutOfRange(f"{float(numbers[beyond][0]):g} is beyond the range of {str(dtype).removeprefix('torch.')}")
     return tile
 
 

@@ -24,6 +24,10 @@ class NotFinite(DataError):
     """A weight holds NaN or Inf."""
 
 
+class OutOfRange(NotFinite):
+    """A number is beyond the range of the output's dtype."""
+
+
 class Delta:
     """(W1 - W0) * scale: two (m, n) weights of any float dtypes, multiplied tile by tile in float32.
 

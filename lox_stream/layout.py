@@ -18,14 +18,15 @@ from lox_stream.torch_files import safetensors_name
 JOURNAL = OWN_FILES[1]
 INDEX_SUFFIX = ".safetensors.index.json"
 _VARIANT_INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")  # of the variant fp16: index.fp16.json
+PIPELINE_INDEX = "model_index.json"  # of a folder of diffusers, whose components lie in folders of their own
 _STEMS = ("model", "diffusion_pytorch_model")  # in this order, as transformers and diffusers look
 TORCH_FILE = "pytorch_model.bin"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 
 
 def is_index(name: str) -> bool:
-    """Whether a file names the safetensors shards of a model, or of a variant of it."""
-    return _VARIANT_INDEX.search(name) is not None
+    """Whether a file names the safetensors shards of a model, or of a variant of it, or the folders of a pipeline."""
+    return name == PIPELINE_INDEX or _VARIANT_INDEX.search(name) is not None
 
 
 def stem_of(name: str) -> str:
@@ -93,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _file_layout(path: Path) -> Layout:
-    if is_index(path.name):
+    if _VARIANT_INDEX.search(path.name):
         raise CheckpointError(
             [f"{printable(path)}: is an index, expected weights. Give the folder instead: {path.parent}"]
         )
@@ -102,7 +103,7 @@ def _file_layout(path: Path) -> Layout:
 
 def _folder_layout(folder: Path, names: list[str]) -> Layout:
     weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    indexes = [name for name in names if is_index(name) and not name.startswith(".")]
+    indexes = [name for name in names if _VARIANT_INDEX.search(name) and not name.startswith(".")]
     for stem in _STEMS:
         single, index_name = f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}"
         if single in weights:

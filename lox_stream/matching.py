@@ -191,7 +191,20 @@ def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
             problems.append(
                 f"{option} {glob!r} matches no tensor of {printable(aligned.root)}; expected one at least. {hint}"
             )
-    return problems + _rule_problems(aligned, options)
+    return [*problems, *_scale_problems(aligned, options), *_rule_problems(aligned, options)]
+
+
+def _scale_problems(aligned: Checkpoint, options: Options) -> list[str]:
+    """Globs that match nothing but scales of FP8, which follow their weights."""
+    scales = scale_names(scaled_weights(aligned))
+    others = [name for name in aligned.tensors if name not in scales]
+    return [
+        f"{option} {glob!r} matches nothing but scales of FP8, which are made anew with their weights; expected the "
+        "weights too. Name these"
+        for option, globs in (("--skip", options.skip), ("--only", options.only))
+        for glob in globs
+        if unmatched((glob,), others) and not unmatched((glob,), scales)
+    ]
 
 
 def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
@@ -279,12 +292,14 @@ def _shape_problems(
             or (overlap(tensor) and overlapping(tensor.shape, partner.shape))
         ):
             continue
-        name = printable(tensor.name)
+        name, both = printable(tensor.name), ""
+        if overlapping(tensor.shape, partner.shape):
+            both = ", or extrapolate the rows that both have: --on-shape-mismatch overlap"
+            both += ", of FP8 together with --dtype, for its rows share scales" * (tensor.dtype not in FLOATS)
         if len(problems) < _MANY:
             problems.append(
                 f"{name}: aligned is {tensor.shape}, base is {partner.shape}; expected the same shape. "
-                f"Copy it unchanged with --skip '{name}', or all such with --on-shape-mismatch copy"
-                + (", or extrapolate the rows that both have: overlap" * overlapping(tensor.shape, partner.shape))
+                f"Copy it unchanged with --skip '{name}', or all such with --on-shape-mismatch copy{both}"
             )
         else:
             more.append(name)

@@ -83,7 +83,7 @@ def update_by(change: Change, matrix: Matrix, *, alpha: float, run: Run) -> Matr
 
     (kept,) = emit_tiles([matrix], [block], run)
     if not kept.finite:
-        return NotFinite("base holds NaN or Inf, or the sum is beyond the range of its dtype")
+        return NotFinite("base holds NaN or Inf, or the sum is beyond its range")  # who asks looks at base
     return _facts(change.s, k, float(added.norm()), weight_norm, sample, kept, matrix)
 
 

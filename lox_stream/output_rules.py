@@ -10,7 +10,7 @@ from pathlib import Path
 from lox_stream.checkpoint import Checkpoint, companion_path, index_names, models_in
 from lox_stream.companions import OWN_FILES
 from lox_stream.layout import is_index
-from lox_stream.names import listing, printable
+from lox_stream.names import is_plain_relative, listing, printable
 from lox_stream.sealing import opened
 from lox_stream.shards import is_regular, parse_json, written_bytes
 
@@ -101,17 +101,32 @@ def held_names(folder: Path, ours: Iterable[str]) -> tuple[str, ...]:
 
 
 def superseded(out: Path, aligned: Checkpoint) -> tuple[str, ...]:
-    """Weights and indexes that an earlier run left in a folder, under names that this one does not write; sorted.
+    """What an earlier run left in a folder, in any of its folders, under names that this one does not write; sorted.
 
-    As its sealed manifest names them, and of the size that it says; and files that it had still in work.
+    As its sealed manifest names it, and of the size that it says; and weights that it had still in work.
     """
-    ours = output_names(aligned)
-    foreign = [name for name in held_names(out, ours) if name not in ours and _is_looked_at(name, aligned)]
-    sizes = _written_sizes(out / MANIFEST) if any(map(_is_weights, foreign)) else {}
-    in_work = {name for name in foreign if name.endswith(".safetensors" + PARTIAL)}
-    return tuple(
-        name for name in foreign if name in in_work or (name in sizes and (out / name).lstat().st_size == sizes[name])
-    )
+    ours = set(output_names(aligned))
+    sizes = {name: size for name, size in _written_sizes(out / MANIFEST).items() if is_plain_relative(name)}
+    found = []
+    for name in held_names(out, (*ours, *sizes)):
+        path = out / name
+        in_work = name.endswith(".safetensors" + PARTIAL) and _is_looked_at(name, aligned)
+        is_earlier = name in sizes and path.is_file() and path.lstat().st_size == sizes[name]
+        if name not in ours and (in_work or is_earlier) and not path.is_symlink():
+            found.append(name)
+    return tuple(found)
+
+
+def foreign_weights(out: Path, aligned: Checkpoint) -> list[str]:
+    """A message for each file that a loader would take beside or instead of the output, and that is not ours."""
+    ours = {*output_names(aligned), *superseded(out, aligned)}
+    return [
+        f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of which no "
+        f"{MANIFEST} that is as it was written tells that an earlier run wrote them. Move it away, or choose another "
+        "--out"
+        for name in held_names(out, ours)
+        if name not in ours and _is_weights(name) and _is_looked_at(name, aligned)
+    ]
 
 
 def _is_weights(name: str) -> bool:
@@ -207,7 +222,7 @@ def _content_problems(
     ours = set(output_names(aligned))
     foreign = [name for name in held if name not in ours]
     if resume and (JOURNAL in held or repair):
-        return _link_problems(out, aligned)  # whether it is a journal of this run, the journal's own check says
+        return _file_problems(out, aligned, repair=repair)  # whether it is of this run, the journal's own check says
     if resume and MANIFEST in held:
         return [
             f"{shown}: holds a finished run (found {MANIFEST}), expected an unfinished one. There is "
@@ -218,19 +233,16 @@ def _content_problems(
             f"{shown}: holds files that this run does not write: found {listing(foreign)}, expected {MANIFEST} or "
             f"{JOURNAL} of an earlier run, or nothing but names of this one. Choose another --out"
         ]
-    gone = superseded(out, aligned)
-    problems = [
-        f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of another "
-        "model. Remove it or choose another --out"
-        for name in foreign
-        if _is_weights(name) and _is_looked_at(name, aligned) and name not in gone
-    ]
-    return problems + _link_problems(out, aligned)
+    return foreign_weights(out, aligned) + _file_problems(out, aligned)
 
 
-def _link_problems(out: Path, aligned: Checkpoint) -> list[str]:
-    """Files that a run opens for writing must be its own: no links, which may lead to an input."""
+def _file_problems(out: Path, aligned: Checkpoint, *, repair: bool = False) -> list[str]:
+    """Files that a run opens for writing must be its own, no links, which may lead to an input; and it must be able to.
+
+    A repair writes in the shards themselves.
+    """
     problems = []
+    shards = {shard.name for shard in aligned.shards}
     for name in output_names(aligned):
         path = out / name
         in_work = name.endswith(PARTIAL) or name == JOURNAL
@@ -241,6 +253,8 @@ def _link_problems(out: Path, aligned: Checkpoint) -> list[str]:
             problems.append(f"{printable(path)}: is a folder, expected a file or nothing. Remove it")
         elif in_work and path.exists() and path.stat().st_nlink > 1:
             problems.append(f"{printable(path)}: is a hard link to another file, expected one of its own. Remove it")
+        elif (in_work or (repair and name in shards)) and path.exists() and not os.access(path, os.R_OK | os.W_OK):
+            problems.append(f"{printable(path)}: no permission to read and write it. Give it: chmod u+rw")
     return problems
 
 

@@ -18,7 +18,7 @@ from lox_stream import fp8
 from lox_stream.assembling import Assembly
 from lox_stream.copying import InMemory, Target, as_bytes, copy_bytes, copy_from, emit_unchanged
 from lox_stream.costs import together
-from lox_stream.delta import NotFinite
+from lox_stream.delta import NotFinite, OutOfRange
 from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
@@ -106,13 +106,15 @@ def _changed(step: Step, place: Callable[[Step], Target], options: Options, run:
     started = time.perf_counter()
     target = place(step)
     found = _by_factors(step, target, options, run, alone=step.action == "copy")
+    outcome: Outcome = ()
     if isinstance(found, NotFinite):
-        outcome: Outcome = _accepted(step, found, options)
-        target = place(step)
-        if isinstance(_by_factors(step, target, options, run, alone=True), NotFinite):
-            _require_bad_base(step)
-    else:
-        outcome = (found,) if step.action == "extrapolate" else ()
+        _require_bad_base(step)
+        if step.action == "extrapolate":
+            outcome = _accepted(step, NotFinite("base holds NaN or Inf"), options)
+            target = place(step)
+            _by_factors(step, target, options, run, alone=True)
+    elif step.action == "extrapolate":
+        outcome = (found,)
     return _facts(step, outcome, (), target.checksum(), time.perf_counter() - started), target
 
 
@@ -241,10 +243,12 @@ def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     """The problem, if such tensors are to be copied; else it is raised."""
     if options.on_nonfinite == "copy":
         return problem
-    copy = "Write a wider --dtype; or, where aligned itself is within its range, copy" if step.dtype else "Copy"
+    copy = "Copy such tensors unchanged" if step.factors is None else "Merge such tensors and no more"
+    if isinstance(problem, OutOfRange) and step.dtype:
+        copy = "Write a wider --dtype; or, where aligned itself is within its range, copy such tensors"
     raise DataError(
-        f"{step.name}: {problem}; expected finite numbers. {copy} such tensors unchanged with --on-nonfinite copy, or "
-        f"this one with --skip '{step.name}'"
+        f"{step.name}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one with "
+        f"--skip '{step.name}'"
     ) from problem
 
 

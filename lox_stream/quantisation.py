@@ -39,9 +39,8 @@ def quantised_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     for tensor in tensors.values():
         scheme, partners = _scheme(tensor, tensors)
         if scheme is not None and tensor.name not in known:
-            why = misfit(checkpoint, tensor)
             for name in (tensor.name, *partners):
-                schemes.setdefault(name, f"{scheme} {why}" if why else scheme)
+                schemes.setdefault(name, scheme)
     return schemes
 
 
@@ -63,7 +62,8 @@ def quantisation_problems(
     by_scheme: dict[str, list[str]] = {}
     for name in used:
         if name in schemes:
-            by_scheme.setdefault(schemes[name], []).append(name)
+            why = misfit(checkpoint, checkpoint.tensors[name])
+            by_scheme.setdefault(f"{schemes[name]} {why}".rstrip(), []).append(name)
     problems = []
     for scheme, names in by_scheme.items():
         globs = " ".join(f"--skip '{printable(pattern)}'" for pattern in dict.fromkeys(map(pattern_of, names)))

@@ -96,16 +96,10 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 def _of_manifest(path: Path, text: str) -> dict[str, Any]:
     sealed = opened(text.encode())
-    if sealed.state == "broken":
-        raise OptionError(
-            f"--recipe {printable(path)}: was changed since its run wrote it, so that its options may be "
-            "another's. Restore it from a copy, or say in a TOML file what is wanted"
-        )
     try:
         said = parse_json(sealed.data)[0]["options"]
         found = from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
         check_options(Options(**found))
-        return found
     except OptionError as error:
         raise OptionError(f"--recipe {printable(path)}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,6 +107,12 @@ def _of_manifest(path: Path, text: str) -> dict[str, Any]:
             f"--recipe {printable(path)}: is no TOML and no manifest of lox-stream ({error!r}). Give lox_stream.json "
             "of an output, or a TOML file"
         ) from error
+    if sealed.state == "broken":
+        raise OptionError(
+            f"--recipe {printable(path)}: was changed since its run wrote it, so that its options may be "
+            "another's. Restore it from a copy, or say in a TOML file what is wanted"
+        )
+    return found
 
 
 def _name(key: str) -> str:

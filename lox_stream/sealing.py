@@ -23,7 +23,7 @@ class Opened:
     """A sealed document: its bytes, as they were written wherever that can be told."""
 
     data: bytes
-    state: Literal["whole", "mended", "broken", "unsealed"]
+    state: Literal["whole", "mended", "broken"]
     at: int | None = None  # offset of the byte with the flipped bit, where one was mended
 
 
@@ -35,7 +35,7 @@ def sealed(document: bytes) -> bytes:
 
 
 def opened(data: bytes) -> Opened:
-    """What the seal says of a document; "unsealed" is one that has none.
+    """What the seal says of a document; one that has none is broken.
 
     Costs a hash, and where a bit has to be found some 0.1 microseconds a bit.
     """
@@ -52,7 +52,7 @@ def opened(data: bytes) -> Opened:
         mended = body[:byte] + bytes([body[byte] ^ 1 << at % 8]) + body[byte + 1 :]
         if _ending(mended) == ending:
             return Opened(mended + ending, "mended", byte)
-    return Opened(data, "broken" if b'"seal": "' in data else "unsealed")
+    return Opened(data, "broken")
 
 
 def _ending(body: bytes) -> bytes:

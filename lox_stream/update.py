@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.costs import by_gram, kept
-from lox_stream.delta import Delta, KeptDelta, NotFinite, first_not_finite, largest_entry, operator
+from lox_stream.delta import Delta, KeptDelta, NotFinite, OutOfRange, first_not_finite, largest_entry, operator
 from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import GPUKernels, fullrank_update, lowrank_update
@@ -420,7 +420,7 @@ def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
     found, scale = one.found, one.scale
     if not kept.finite:
         dtype = str(one.matrix.dtype).removeprefix("torch.")
-        return NotFinite(f"the extrapolated weight is beyond the range of {dtype}")
+        return OutOfRange(f"the extrapolated weight is beyond the range of {dtype}")
     squares = float(found.s.double().square().sum())
     part = math.sqrt(squares)
     return MatrixFacts(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lox_stream import files
+from lox_stream.errors import CheckpointError
+from lox_stream.layout import choose_layout
 from lox_stream.manifest import joined, read_manifest, stamp_of
 from lox_stream.names import is_plain_relative, listing, printable, shown
 from lox_stream.output_rules import MANIFEST
@@ -55,6 +57,7 @@ def verify_checksums(out: str | Path) -> Iterator[Check]:
     index = _value(found, "index")
     if index is not None and not (isinstance(beside, dict) and isinstance(index, str) and index in beside):
         yield _index(folder, str(index), found["tensors"])
+    yield from _loaded(folder, found["shards"])
     for name, said in found["shards"].items():
         rows = {tensor: row for tensor, row in found["tensors"].items() if _value(row, "shard") == name}
         yield from _shard(folder, name, said, rows)
@@ -82,9 +85,26 @@ def _seal(folder: Path) -> Iterator[Check]:
     elif found.state == "mended":
         problem = f"a bit of byte {found.at} is flipped, and read here as it was written"
         yield _failed(folder, MANIFEST, problem, "Put it right with `run ... --resume --repair`")
-    elif found.state == "broken":
-        problem = "was changed or damaged, so that what it says of the other files cannot be trusted"
+    else:
+        problem = "was changed or damaged, or is none, so that what it says of the other files cannot be trusted"
         yield _failed(folder, MANIFEST, problem, "Restore it from a copy, or run again with --overwrite")
+
+
+def _loaded(folder: Path, shards: Iterable[str]) -> Iterator[Check]:
+    """What a loader takes for the model: nothing but the shards of the manifest."""
+    parents: dict[str, set[str]] = {}
+    for name in shards:
+        parents.setdefault(name.rpartition("/")[0], set()).add(name.rpartition("/")[2])
+    for parent, names in parents.items():
+        if parent and not is_plain_relative(parent):
+            continue
+        try:
+            others = {*choose_layout(folder / parent).shard_names} - names
+        except CheckpointError:  # of files that are damaged, which are checked by themselves
+            continue
+        for name in sorted(name for name in others if (folder / parent / name).exists()):
+            problem = f"is loaded beside or instead of the output, expected {listing(sorted(names))}"
+            yield _failed(folder, f"{parent}/{name}".removeprefix("/"), problem, "Move it away")
 
 
 def check_files(folder: Path, beside: Any) -> Iterator[Check]:

@@ -23,7 +23,7 @@ from lox_stream.journal import Journal, Replay, identity, replay, session
 from lox_stream.layout import is_index
 from lox_stream.matching import whole_pairs
 from lox_stream.names import listing
-from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL, superseded
+from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL, foreign_weights, superseded
 from lox_stream.placing import Place
 from lox_stream.planning import Plan, output_names
 from lox_stream.resuming import Survey, changed_inputs, resumable, written_file
@@ -71,6 +71,9 @@ class Output:
         with contextlib.ExitStack() as stack, files.explained(self.folder, "prepare the output", AGAIN):
             self._lock(stack)
             before = self._before()
+            foreign = foreign_weights(self.folder, self.plan.written)
+            if foreign:
+                raise OutputError("\n".join(foreign))
             if self.has_nothing_to_do:
                 self.finished, self._stack = dict(before.finished), stack.pop_all()
                 return self
@@ -155,15 +158,17 @@ class Output:
     def _retract(self) -> None:
         """Withdraw what is to be replaced: no index and no manifest over weights that are half new.
 
-        The journal is there already, so that a crash leaves a folder that is still known to be ours. Weights of an
-        earlier run in another layout go after their index, and before the manifest, which names them.
+        The journal is there already, so that a crash leaves a folder that is still known to be ours. What an earlier
+        run wrote under other names goes after the indexes, and before the manifest, which names it.
         """
         earlier = superseded(self.folder, self.plan.written)
         indexes = [*reversed(index_names(self.plan.written)), *filter(is_index, earlier)]
         for names in (indexes, earlier, [MANIFEST]):
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
-            self._sync_names()
+            for folder in {(self.folder / name).parent for name in names} | {self.folder}:
+                if folder.is_dir():
+                    files.sync_folder(folder)
 
     def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
         self.finished, self.inputs = dict(before.finished), before.header["inputs"]

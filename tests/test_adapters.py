@@ -595,7 +595,10 @@ def test_factors_that_are_not_finite_are_an_error_and_weights_may_be_left(pair):
     base = folders.write(out.parent / "infinite", tensors)
     with pytest.raises(DataError, match="base holds NaN or Inf"):
         extrapolate(base, adapter, out)
+    extrapolate(base, adapter, out, options=Options(skip=(Q,)), overwrite=True)
+    merged = written(out)[Q]
     extrapolate(base, adapter, out, options=Options(on_nonfinite="copy"), overwrite=True)
+    assert torch.equal(written(out)[Q], merged), "what the message says, either way"
     assert json.loads((out / "lox_stream.json").read_text())["tensors"][Q]["reason"] == "not finite"
     delta = product(factors(Q, 80, 64), 2.0)
     assert agreeing(written(out)[Q], (tensors[Q].double() + delta).float().bfloat16()) >= SHARE

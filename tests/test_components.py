@@ -227,6 +227,32 @@ def test_an_earlier_output_in_another_layout_is_withdrawn(tmp_path):
     assert weights_in(tmp_path / "right2000") != weights_in(tmp_path / "right0")
 
 
+def test_an_earlier_pipeline_leaves_nothing_beside_a_single_model_and_the_other_way_about(tmp_path):
+    base, aligned, _ = make(tmp_path)
+    (aligned / "vae" / "notes.json").write_text("{}")
+    out = tmp_path / "out"
+    alone = (base / "transformer", aligned / "transformer")
+    for sides in ((base, aligned), alone, (base, aligned)):
+        extrapolate(*sides, out, options=OPTIONS, overwrite=True)
+        extrapolate(*sides, tmp_path / "right", options=OPTIONS)
+        assert set(files(out)) == set(files(tmp_path / "right"))
+        assert set(open_checkpoint(out).tensors) == set(open_checkpoint(sides[1]).tensors)
+        shutil.rmtree(tmp_path / "right")
+
+
+def test_weights_beside_an_output_are_seen_by_all_that_look_at_it(tmp_path):
+    base, aligned, _ = make(tmp_path)
+    out = tmp_path / "out"
+    extrapolate(base, aligned, out, options=OPTIONS)
+    shutil.copy(out / "vae" / "diffusion_pytorch_model.safetensors", out / "transformer")
+    (failed,) = [check for check in verify_checksums(out) if not check.ok]
+    assert failed.name == "transformer/diffusion_pytorch_model.safetensors"
+    assert "is loaded beside or instead of the output" in failed.message
+    with pytest.raises(errors.OutputError, match=r"transformer/diffusion_pytorch_model\.safetensors: would be loaded"):
+        extrapolate(base, aligned, out, options=OPTIONS, resume=True, repair=True)
+    assert (out / "lox_stream.json").exists()
+
+
 def as_variant(folder):
     """Rename every file of weights as diffusers and transformers name those of the variant fp16."""
     for path in folder.rglob("*.fp16.safetensors"):

@@ -255,6 +255,14 @@ def test_scales_that_are_made_anew_are_called_so(tmp_path):
     assert "1 of scales made anew" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_scales_follow_their_weights_whatever_is_said_of_them(tmp_path):
+    base, aligned = pair_of(tmp_path, "channel", "channel")
+    for options in (Options(skip=("*weight_scale",)), Options(only=(f"{UP}_scale",))):
+        with pytest.raises(LoxError, match="matches nothing but scales of FP8, which are made anew with their weights"):
+            plan(base, aligned, options=options)
+    assert plan(base, aligned, options=Options(skip=("*up*",)))
+
+
 def test_fused_weights_of_fp8_are_said_not_to_be_split(tmp_path):
     base, aligned = pair_of(tmp_path, "channel", "channel")
     for side in (base, aligned):
@@ -284,7 +292,7 @@ def test_rows_that_base_lacks_are_refused_for_fp8_and_taken_with_another_dtype(t
     q, scale = tensors[UP], tensors[f"{UP}_scale"]
     tensors |= {UP: torch.cat([q.view(torch.uint8)] * 2).view(q.dtype), f"{UP}_scale": torch.cat([scale] * 2)}
     save_file(tensors, aligned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="expected the same shape"):
+    with pytest.raises(CheckpointError, match=r"expected the same shape.*overlap, of FP8 together with --dtype"):
         plan(base, aligned, options=Options(on_shape_mismatch="overlap"))
     options = Options(on_shape_mismatch="overlap", dtype="float32", rank=2)
     extrapolate(base, aligned, tmp_path / "out", options=options)

@@ -160,7 +160,7 @@ def test_weights_that_would_be_loaded_instead_of_ours_must_go_first(work, name):
     fill(work / "out", MANIFEST, name)
     problem = the_problem(work, "out", overwrite=True)
     assert name in problem
-    assert "Remove it" in problem
+    assert "Move it away" in problem
 
 
 @pytest.mark.parametrize("changed", ["nothing", "the manifest", "the file", "a pipe"])

@@ -292,7 +292,7 @@ def test_dtypes_that_have_no_storage_of_their_own_are_known_by_name(tmp_path, dt
 def test_float8_matrices_are_refused_as_what_they_are(tmp_path, tensors):
     eighth = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in tensors.items()}
     sides = saved(tmp_path / "base", tensors), saved(tmp_path / "aligned", eighth)
-    with pytest.raises(CheckpointError, match=r"quantised tensors \(F8_E4M3\)"):
+    with pytest.raises(CheckpointError, match=r"quantised tensors \(F8_E4M3 without a scale beside it\)"):
         plan(*sides)
 
 
