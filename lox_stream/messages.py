@@ -77,7 +77,7 @@ def guarded(action: Callable[[], Any]) -> int:
         return ERROR
     except Exception as error:
         if _is_of_memory(error):
-            _say(f"not enough memory{_allowed()} use a smaller --memory or fewer --threads, or close other programs")
+            _say_without_memory(error)
         elif isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             _say(f"{where}{error.strerror or error}. Check the path, its permissions and its disk")
@@ -90,6 +90,15 @@ def guarded(action: Callable[[], Any]) -> int:
 
 def _say(message: str) -> None:
     click.echo("error: " + escaped(message), err=True)
+
+
+def _say_without_memory(error: BaseException) -> None:
+    """That there was none, in words that need next to none; what the frames of the error hold is let go first."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    try:
+        _say(f"not enough memory{_allowed()} use a smaller --memory or fewer --threads, or close other programs")
+    except MemoryError:
+        os.write(2, b"error: not enough memory: use a smaller --memory or fewer --threads, or close other programs\n")
 
 
 def _say_problems(error: LoxError) -> None:

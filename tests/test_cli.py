@@ -394,6 +394,15 @@ def test_an_error_of_python_itself_is_one_of_memory_where_that_is_limited(pair, 
     assert ("bug in lox-stream" in result.stderr) == (limit == resource.RLIM_INFINITY)
 
 
+def test_that_there_is_no_memory_is_said_without_memory(monkeypatch, capfd):
+    def fails(*args: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(messages, "_say", fails)
+    assert messages.guarded(fails) == 1
+    assert capfd.readouterr().err.startswith("error: not enough memory: use a smaller --memory")
+
+
 def test_a_message_cannot_draw_on_the_terminal():
     assert messages.escaped("first\n- \x1b[31msecond\rline") == "first\n  - \\x1b[31msecond\\rline"
 
