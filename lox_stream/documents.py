@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream import files
-from lox_stream.checkpoint import PIPELINE_INDEX, companion_path, models_in
+from lox_stream.checkpoint import companion_path, models_in
 from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
+from lox_stream.layout import PIPELINE_INDEX
 from lox_stream.manifest import as_json, corrected_index, manifest_of, stamp, stamp_of, totals
 from lox_stream.model_card import card_for
 from lox_stream.model_config import CONFIG, config_for
