@@ -43,7 +43,7 @@ STAGES: tuple[tuple[str, bool, tuple[tuple[Any, str], ...]], ...] = (
     ("looks and half steps", False, ((krylov.Space, "look"), (krylov.Space, "_half_step"))),
     ("rest of the solver", False, ((svd, "iterate"), (update, "truncated_svds"))),
     ("tiles out, facts", False, ((update, "emit_tiles"), (update, "_facts_of"))),
-    ("maps opened and given back, all else", False, ((processing, "_extrapolate"), (processing, "_copy_from"))),
+    ("maps opened and given back, all else", False, ((processing, "_extrapolate"), (processing, "copy_from"))),
 )
 
 

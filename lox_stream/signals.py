@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ class Interruption:
         self._gentle = False
         self._timer: threading.Timer | None = None
         self._before: dict[int, object] = {}
+        self._speaks = threading.Lock()
         self._on_bus_error = BUS_HANDLER(self._cut)  # referred to as long as the system may call it
 
     def __enter__(self) -> Self:
@@ -93,8 +95,11 @@ class Interruption:
             os._exit(code)
 
     def _cut(self, number: int) -> None:
-        """In the thread that met the end of a file; if it returned, it would meet it again."""
+        """In the thread that met the end of a file; if it returned, it would meet it again. Of several one speaks."""
         try:
+            if not self._speaks.acquire(blocking=False):
+                time.sleep(PATIENCE_S)
+                return
             files = ", ".join(cut_files()) or "a file"
             self._end(1, f"error: {files}: was cut while it was read. Restore it, and run again\n")
         finally:
