@@ -196,6 +196,8 @@ def glob_problems(aligned: Checkpoint, options: Options) -> list[str]:
 
 def _scale_problems(aligned: Checkpoint, options: Options) -> list[str]:
     """Globs that match nothing but scales of FP8, which follow their weights."""
+    if not (options.skip or options.only):
+        return []
     scales = scale_names(scaled_weights(aligned))
     others = [name for name in aligned.tensors if name not in scales]
     return [

@@ -119,13 +119,19 @@ def superseded(out: Path, aligned: Checkpoint) -> tuple[str, ...]:
 
 def foreign_weights(out: Path, aligned: Checkpoint) -> list[str]:
     """A message for each file that a loader would take beside or instead of the output, and that is not ours."""
-    ours = {*output_names(aligned), *superseded(out, aligned)}
+    ours = output_names(aligned)
+    foreign = [
+        name
+        for name in held_names(out, ours)
+        if name not in ours and _is_weights(name) and _is_looked_at(name, aligned)
+    ]
+    earlier = superseded(out, aligned) if foreign else ()  # which reads the manifest there
     return [
         f"{printable(out / name)}: would be loaded beside or instead of the output, expected no weights of which no "
         f"{MANIFEST} that is as it was written tells that an earlier run wrote them. Move it away, or choose another "
         "--out"
-        for name in held_names(out, ours)
-        if name not in ours and _is_weights(name) and _is_looked_at(name, aligned)
+        for name in foreign
+        if name not in earlier
     ]
 
 

@@ -122,11 +122,16 @@ def _require_bad_base(step: Step) -> None:
     """What base holds may be written as it is; raises DataError where it is the sum that is no number."""
     with mapped(step.aligned) as data:
         w0 = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
-        if all(bool(some.isfinite().all()) for some in w0.split(TILE_ELEMENTS)):  # type: ignore[no-untyped-call]
+        if _finite(w0):
             raise DataError(
                 f"{step.name}: base and the adapter's change together are beyond the range of "
                 f"{step.dtype or step.aligned.dtype}. Write a wider --dtype"
             )
+
+
+def _finite(numbers: Tensor) -> bool:
+    """Whether all are, with a tile's worth of memory."""
+    return all(bool(some.isfinite().all()) for some in numbers.split(TILE_ELEMENTS))  # type: ignore[no-untyped-call]
 
 
 def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone: bool) -> MatrixFacts | NotFinite:
@@ -146,9 +151,13 @@ def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone
             raise DataError(f"{step.name}: {problem}; expected finite numbers. Save the adapter again") from problem
         alpha = 0.0 if alone else setting.options.alpha
         matrix = Matrix(w0, w0, setting, emit, rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
-        facts = update_by(change, matrix, alpha=alpha, run=run)
-        if isinstance(facts, MatrixFacts) and facts.method == "zero":
-            return emit_unchanged(matrix, run) or facts
+        return _emitted(matrix, update_by(change, matrix, alpha=alpha, run=run), run)
+
+
+def _emitted(matrix: Matrix, facts: MatrixFacts | NotFinite, run: Run) -> MatrixFacts | NotFinite:
+    """The facts once all is emitted: W1 as it is where there was nothing to add."""
+    if isinstance(facts, MatrixFacts) and facts.method == "zero":
+        return emit_unchanged(matrix, run) or facts
     return facts
 
 
@@ -181,7 +190,7 @@ def _rows_left(step: Step) -> list[str]:
     notices = [f"{step.name}: rows {step.m} to {last} are copied, for base has {step.m}; the others are extrapolated"]
     with contextlib.ExitStack() as maps:
         new = fp8.elements(step.aligned, step.scaled, maps)[covered(step) :]
-        if not all(bool(some.isfinite().all()) for some in new.split(TILE_ELEMENTS)):  # type: ignore[no-untyped-call]
+        if not _finite(new):
             notices.append(f"{step.name}: NaN or Inf in rows {step.m} to {last}, which are copied as they are")
     return notices
 
@@ -232,11 +241,7 @@ def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list
         found = [cards.extrapolate(matrices[0], run)]
     else:
         found = extrapolate_matrices(matrices, run)
-    zero = [isinstance(facts, MatrixFacts) and facts.method == "zero" for facts in found]
-    return [
-        (emit_unchanged(matrix, run) or facts) if is_zero else facts
-        for matrix, facts, is_zero in zip(matrices, found, zero, strict=True)
-    ]
+    return [_emitted(matrix, facts, run) for matrix, facts in zip(matrices, found, strict=True)]
 
 
 def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -64,6 +64,7 @@ class Output:
         self._renamed: set[str] = set()  # shards that an earlier session published
         self._fds: dict[str, int] = {}  # of the others
         self._shard_of = {tensor.name: shard for shard in plan.written.shards for tensor in shard.tensors}
+        self._shard_names = [shard.name for shard in plan.written.shards]
         self._committer: Committer | None = None
         self._stack = contextlib.ExitStack()
 
@@ -83,7 +84,7 @@ class Output:
                     self._retract()
                 for shard in self.plan.written.shards:
                     self._reserve(shard, stack, undo)
-                self._sync_names()  # a record of a tensor outlives no name of its file
+                self._sync_names(self._shard_names)  # a record of a tensor outlives no name of its file
                 undo.pop_all()
             self._committer = Committer(self._journal, lambda: not changed_inputs(self.plan))
             self._stack = stack.pop_all()
@@ -166,9 +167,7 @@ class Output:
         for names in (indexes, earlier, [MANIFEST]):
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
-            for folder in {(self.folder / name).parent for name in names} | {self.folder}:
-                if folder.is_dir():
-                    files.sync_folder(folder)
+            self._sync_names(names)
 
     def _begin(self, before: Replay, stack: contextlib.ExitStack, undo: contextlib.ExitStack) -> Journal:
         self.finished, self.inputs = dict(before.finished), before.header["inputs"]
@@ -251,11 +250,11 @@ class Output:
     def _rename_shards(self) -> None:
         for name in self._fds:
             files.partial(self.folder / name).replace(self.folder / name)
-        self._sync_names()
+        self._sync_names(self._shard_names)
 
-    def _sync_names(self) -> None:
-        """Sync the folders of the weights and their indexes: a pipeline has several."""
-        for folder in {(self.folder / shard.name).parent for shard in self.plan.written.shards} | {self.folder}:
+    def _sync_names(self, names: Iterable[str]) -> None:
+        """Sync the folders of these files, and the output's own: a pipeline has several."""
+        for folder in {(self.folder / name).parent for name in names} | {self.folder}:
             if folder.is_dir():
                 files.sync_folder(folder)
 
