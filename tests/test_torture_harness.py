@@ -101,7 +101,7 @@ def tortured(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("power", "files.sync_data = lambda fd: None"),
         ("power", "files.sync_folder = lambda path: None"),
-        ("power", "resuming._holds = lambda *args: True; writer.Output._sync_names = lambda self: None"),
+        ("power", "resuming._holds = lambda *args: True; writer.Output._sync_names = lambda self, names: None"),
         ("kills", "writer.Output._retract = lambda self: None"),
         ("faults", "files.write_all = lambda fd, data: os.write(fd, data)"),
         ("faults", "import contextlib; files.explained = lambda *args: contextlib.nullcontext()"),
@@ -110,7 +110,7 @@ def tortured(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_a_program_that_is_wrong_is_found(part, change):
     ran = tortured(change, "--only", part, "--minutes", "0.4")
-    assert ran.returncode == 1, ran.stdout
+    assert ran.returncode == 1, ran.stdout + ran.stderr
     failures = json.loads(ran.stdout.splitlines()[-1])["parts"][0]["failures"]
     assert all(case.startswith(f"--only {part}") for case in failures)
 
