@@ -42,7 +42,7 @@ STAGES: tuple[tuple[str, bool, tuple[tuple[Any, str], ...]], ...] = (
     ("normalising", False, ((bases, "normalising"), (krylov, "orthonormal"))),
     ("looks and half steps", False, ((krylov.Space, "look"), (krylov.Space, "_half_step"))),
     ("rest of the solver", False, ((svd, "iterate"), (update, "truncated_svds"))),
-    ("tiles out, facts", False, ((update, "emit_tiles"), (update, "_facts_of"))),
+    ("tiles out, facts", False, ((update, "emit_tiles"), (update, "facts_of"))),
     ("maps opened and given back, all else", False, ((processing, "_extrapolate"), (processing, "copy_from"))),
 )
 

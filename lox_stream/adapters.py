@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,19 @@ class Factors:
     rank: int
     scaling: float
     turned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors of an adapter that is written: the factors of the update of an (m, n) weight."""
+
+    module: str
+    a: TensorInfo  # (rank, n), or (rank, in, ...) of a convolution; turned: (rank, m)
+    b: TensorInfo  # (m, rank), or (m, rank, 1, ...); turned: (n, rank)
+    rank: int  # of all pairs of the adapter; beyond the update's own they hold zeros
+    rows: int  # m of the weight; the update may have fewer
+    turned: bool  # of a module that keeps the transposed weight, or looks rows up in it
+    fold: float  # factor that goes into B
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +242,39 @@ def _module(name: str, sides: Mapping[str, TensorInfo], config: Mapping[str, Any
     alpha = _said(config, "alpha_pattern", "lora_alpha", name)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
         raise ValueError(f"{CONFIG} says a lora_alpha of {shown(alpha)}, expected a number. Save it again")
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Module(name, a, b, rank, scaling, ".lora_embedding_" in a.name)
+    return Module(name, a, b, rank, _scaling(alpha, rank, config), ".lora_embedding_" in a.name)
+
+
+def _scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """What the factors' product is taken times; an alpha that was written as a decimal, times r, is that decimal again.
+
+    >>> 0.7 * 6 / 6, _scaling(0.7 * 6, 6, {})
+    (0.6999999999999998, 0.7)
+    """
+    return float(f"{alpha / (math.sqrt(rank) if config.get('use_rslora') else rank):.15g}")
+
+
+def rescaled_to(adapter: Adapter, scaling: float) -> Adapter:
+    """The adapter with another lora_alpha / r; modules with an alpha or a rank of their own keep their share of it.
+
+    Raises CheckpointError where there is nothing that it could be a share of.
+    """
+    config = adapter.config
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    usual = _scaling(alpha, rank, config) if type(rank) is int and rank > 0 and type(alpha) in (int, float) else 0.0
+    if not usual:
+        where = printable(adapter.overlay.folder / CONFIG)
+        raise CheckpointError(
+            [
+                f"{where}: lora_alpha is {shown(alpha)} and r {shown(rank)}, expected two numbers whose quotient "
+                "--alpha takes the place of. Leave --alpha out"
+            ]
+        )
+    modules = [
+        replace(one, scaling=scaling if one.scaling == usual else one.scaling / usual * scaling)
+        for one in adapter.modules
+    ]
+    return replace(adapter, modules=tuple(modules))
 
 
 def _said(config: Mapping[str, Any], patterns: str, otherwise: str, name: str) -> Any:

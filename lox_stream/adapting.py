@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
@@ -18,9 +19,10 @@ from lox_stream.output_rules import MODEL_CARD
 from lox_stream.pairing import WRAPPERS, renamed
 from lox_stream.quantisation import FLOATS, quantisation_problems, quantised_tensors
 from lox_stream.scales import scaled_weights
-from lox_stream.ties import EMBEDDINGS, says_tied, tied_names
+from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
 _PIECE = 1 << 20  # elements that are compared at a time
+_TYPE_CODES = {2: "H", 4: "I", 8: "Q"}  # of arrays, by the bytes of an element
 
 
 def laid_over(base: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -39,6 +41,7 @@ def match_adapter(
 ) -> tuple[tuple[Step, ...], list[str], list[str]]:
     """Steps in the order of base's shards and offsets, all problems, and warnings; complete messages."""
     called, problems = renamed(base, options.rename)
+    adapter = _once(adapter, called, tied_names(base))
     homes, lost = _homes(adapter, called)
     problems += [*lost, *_whole_problems(adapter, called)]
     factors = _factors(adapter, homes, called, problems)
@@ -59,6 +62,36 @@ def match_adapter(
     problems += _fused_problems(base, steps, options)
     problems += tie_problems(base, {step.name for step in steps if step.action == "extrapolate"})
     return steps, problems, [*alpha_warnings(options), *_warnings(base, factors, leaders)]
+
+
+def _once(adapter: Adapter, called: Mapping[str, TensorInfo], leaders: Mapping[str, str]) -> Adapter:
+    """The adapter without the factors of a tied head that are those of its embedding, which changes with it."""
+    embeddings = [module for module in adapter.modules if module.embeds]
+
+    def repeated(module: Module) -> bool:
+        name = f"{module.name}.weight"
+        home = _home(name, called)
+        if not matches(name, HEADS) or (home is not None and home.name not in leaders):
+            return False
+        return any(_same_turned(module.a, one.b) and _same_turned(module.b, one.a) for one in embeddings)
+
+    return replace(adapter, modules=tuple(module for module in adapter.modules if not repeated(module)))
+
+
+def _same_turned(tensor: TensorInfo, other: TensorInfo) -> bool:
+    """Whether a matrix holds the same bytes as another one turned; reads them."""
+    if tensor.shape != other.shape[::-1] or tensor.dtype != other.dtype or len(tensor.shape) != 2:
+        return False
+    flat, tall = sorted((tensor, other), key=lambda info: info.shape)
+    rows, length = flat.shape
+    one, turned = (array(_TYPE_CODES[DTYPE_BYTES[info.dtype]], _bytes_of(info)) for info in (flat, tall))
+    return all(one[row * length : (row + 1) * length] == turned[row::rows] for row in range(rows))
+
+
+def _bytes_of(tensor: TensorInfo) -> bytes:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.n_bytes)
 
 
 def _homes(adapter: Adapter, called: Mapping[str, TensorInfo]) -> tuple[dict[str, Module], list[str]]:
@@ -155,7 +188,7 @@ def _step(tensor: TensorInfo, factors: Factors | None, seed_name: str, options: 
         )
     m, n = tensor.shape[0], prod(tensor.shape[1:])
     rank = options_for(seed_name, options).rank
-    action: Literal["extrapolate", "copy"] = "extrapolate" if reason == "matrix" else "copy"
+    action: Literal["extrapolate", "merge"] = "extrapolate" if reason == "matrix" else "merge"
     return Step(tensor.name, tensor, None, action, reason, rank, 1, m, n, seed_name, factors=factors)
 
 

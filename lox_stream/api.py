@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from lox_stream.carrying import LeftOut
 from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
 from lox_stream.manifest import Totals, totals
-from lox_stream.matching import Step, output_bytes
+from lox_stream.matching import Step, output_bytes, written_names
 from lox_stream.options import Options, check_platform, check_ways
-from lox_stream.pipeline import Finished, compute
+from lox_stream.pipeline import Finished, compute, compute_all
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.reader import TORCH_DTYPES
 from lox_stream.remarks import changed_bytes, run_warnings
 from lox_stream.repairing import survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
+from lox_stream.sinks import Way
 from lox_stream.verifying import Check
 from lox_stream.writer import Output
 
@@ -52,6 +54,7 @@ class Summary:
     written_bytes: int  # this session
     warnings: tuple[str, ...]  # complete messages
     repaired: tuple[Damage, ...] | None = None  # what was damaged and is not any more; None: no repair was asked for
+    left_out: tuple[LeftOut, ...] = ()  # of an adapter: what it cannot carry, and why
 
 
 def extrapolate(
@@ -94,32 +97,86 @@ def execute(
     cancel: threading.Event | None = None,
 ) -> Summary:
     """Carry out a plan that was made with `out`; arguments as for `extrapolate`."""
-    if plan.out is None:
+    (summary,) = execute_all(
+        [plan], resume=resume, overwrite=overwrite, repair=repair, progress=progress, cancel=cancel
+    )
+    return summary
+
+
+def execute_all(
+    plans: Sequence[Plan],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    repair: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> list[Summary]:
+    """`execute` for several outputs of one pair: every tensor is read and solved once, and written to each.
+
+    The plans differ in `out`, and of their options in `alpha` and `form` alone; the first one's say how it is computed.
+    """
+    if any(plan.out is None for plan in plans):
         raise OptionError("the plan has no output folder, expected plan(base, aligned, out)")
     check_ways(resume=resume, overwrite=overwrite, repair=repair)
     check_platform()
-    plan = settled(plan)
+    plans = [settled(plan) for plan in plans]
     started = time.monotonic()
     cancel = cancel or threading.Event()
-    look = _Looking(plan, progress, cancel) if repair else None
-    with Output(plan, resume=resume, overwrite=overwrite, look=look) as output:
+    with contextlib.ExitStack() as stack:
+        outputs = [
+            stack.enter_context(
+                Output(
+                    plan,
+                    resume=resume,
+                    overwrite=overwrite,
+                    look=_Looking(plan, progress, cancel) if repair else None,
+                )
+            )
+            for plan in plans
+        ]
+        works = [_Work(plan, output) for plan, output in zip(plans, outputs, strict=True)]
+        going = [work for work in works if not work.output.has_nothing_to_do]
+        if going:
+            _compute(
+                going, _Reporter(plans, [step for work in works for step in work.steps], progress, started), cancel
+            )
+        return [work.published(started) for work in works]
+
+
+def _compute(works: Sequence[_Work], report: _Reporter, cancel: threading.Event) -> None:
+    with contextlib.closing(compute_all([work.way for work in works], stop=cancel)) as events:
+        report(())
+        for event in events:
+            if isinstance(event, Finished):
+                works[event.way].output.done(event.facts)
+                if event.facts.name == written_names(event.step)[-1]:
+                    report.count(event.step)
+                report(())
+            else:
+                report(event.working)
+
+
+class _Work:
+    """An output with its plan, and what is to do for it."""
+
+    def __init__(self, plan: Plan, output: Output) -> None:
+        self.plan, self.output = plan, output
+        self.steps = [step for step in plan.steps if not output.finished.keys() >= {*written_names(step)}]
+        self.way = Way(
+            {step.name: step for step in self.steps},
+            plan.options,
+            lambda step: output.place(step.name),
+            lambda info: output.place(info.name),
+        )
+
+    def published(self, started: float) -> Summary:
+        """Make the finished output appear."""
+        plan, output, steps = self.plan, self.output, self.steps
         if output.has_nothing_to_do:
-            warnings = (*plan.warnings, *output.warnings)
+            warnings: tuple[str, ...] = (*plan.warnings, *output.warnings)
             elapsed_s = time.monotonic() - started
             return Summary(output.folder, totals(output.finished.values()), elapsed_s, 0, 0, warnings, repaired=())
-        steps = [step for step in plan.steps if step.name not in output.finished]
-        report = _Reporter(plan, steps, progress, started)
-        with contextlib.closing(
-            compute(steps, lambda step: output.place(step.name), plan.options, stop=cancel)
-        ) as events:
-            report(())
-            for event in events:
-                if isinstance(event, Finished):
-                    output.done(event.facts)
-                    report.count(event.step)
-                    report(())
-                else:
-                    report(event.working)
         found = (*changed_bytes(output.survey, output.finished), *run_warnings(output.finished.values(), plan.options))
         warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
         elapsed_s = time.monotonic() - started
@@ -141,6 +198,7 @@ def execute(
             written_bytes=sum(map(output_bytes, steps)),
             warnings=warnings,
             repaired=output.survey.damaged if output.survey is not None else None,
+            left_out=plan.left_out,
         )
 
 
@@ -149,7 +207,7 @@ class _Looking:
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None, cancel: threading.Event) -> None:
         self._plan, self._cancel = plan, cancel
-        self._report = _Reporter(plan, [*plan.steps], progress, time.monotonic())
+        self._report = _Reporter([plan], [*plan.steps], progress, time.monotonic())
 
     def __call__(self) -> Survey:
         return survey(self._plan, self._seen)
@@ -167,14 +225,15 @@ class _Reporter:
     """Counts what is finished and calls the caller's `progress`."""
 
     def __init__(
-        self, plan: Plan, steps: list[Step], progress: Callable[[Progress], None] | None, started: float
+        self, plans: Sequence[Plan], steps: list[Step], progress: Callable[[Progress], None] | None, started: float
     ) -> None:
         self.progress, self.started = progress, started
-        self.total_bytes = sum(step.aligned.n_bytes for step in plan.steps)
-        self.total_tensors = len(plan.steps)
+        all_steps = [step for plan in plans for step in plan.steps]
+        self.total_bytes = sum(step.aligned.n_bytes for step in all_steps)
+        self.total_tensors = len(all_steps)
         self.resumed_bytes = self.total_bytes - sum(step.aligned.n_bytes for step in steps)
         self.done_bytes = self.resumed_bytes
-        self.done_tensors = len(plan.steps) - len(steps)
+        self.done_tensors = len(all_steps) - len(steps)
 
     def count(self, step: Step) -> None:
         self.done_bytes += step.aligned.n_bytes

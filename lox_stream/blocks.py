@@ -89,9 +89,16 @@ class Resident:
 
     def __init__(self, moves: Moves, w1: Tensor, w0: Tensor, run: Run) -> None:
         self.w1, self.w0 = (moves.room(*weight.shape, dtype=weight.dtype) for weight in (w1, w0))
+        self.used = False  # an output lies in the place of W1
+        self._moves = moves
         moves.move_in(w1, self.w1, run)
         moves.move_in(w0, self.w0, run)
         self.ready = moves.into.record()
+
+    def restore(self, w1: Tensor, run: Run) -> None:
+        """Copy W1 again, once its output was moved out."""
+        self._moves.move_in(w1, self.w1, run)
+        self.ready, self.used = self._moves.into.record(), False
 
     def walk(self, *, both: bool = True) -> Iterator[Block]:
         del both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,36 @@ import click
 from click.core import ParameterSource
 
 from lox_stream import __version__
+from lox_stream.cli_options import (
+    BASE,
+    DEFAULTS,
+    DTYPE,
+    FILES,
+    FOLDER,
+    GLOBS,
+    GPU,
+    HOST,
+    MAX_SHARD_SIZE,
+    METHOD,
+    MISMATCHES,
+    ON_NONFINITE,
+    ON_THE_WAY,
+    OUT,
+    RANK,
+    RECIPE,
+    RENAME,
+    ROUNDING,
+    SOLVING,
+    SPLIT_FUSED,
+    TELLING,
+    GroupedCommand,
+    alphas_of,
+    option,
+    with_options,
+)
 from lox_stream.errors import OptionError
 from lox_stream.messages import guarded
-from lox_stream.options import Options, check_platform, parse_size
+from lox_stream.options import Options, check_platform
 
 EPILOG = """\b
 Example:
@@ -31,7 +59,7 @@ Exit codes:
 """
 
 
-class _Command(click.Command):
+class _Command(GroupedCommand):
     """A command that refuses a platform it cannot work on, after its options were read."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -56,28 +84,7 @@ class _Program(click.Group):
         sys.exit(guarded(lambda: super(_Program, self).main(list(typed), *rest, **extra)))
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
-    """A number of bytes as people write it; 0 for what was not given."""
-    if value is None:
-        return 0
-    try:
-        return parse_size(value)
-    except OptionError as error:
-        raise OptionError(f"{param.opts[0]}: {error}") from error
-
-
-class _Folder(click.Path):
-    """A path that is not empty: an unset variable of a shell must not mean the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("is empty, expected a folder or a file ('.' is the current folder)", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 FLAGS = ("resume", "overwrite", "repair", "dry_run", "assume", "as_json", "quiet")  # of `run`, beside Options
-FOLDER = _Folder(path_type=Path)
-DEFAULTS = Options()
 
 
 @click.group(
@@ -94,172 +101,186 @@ def commands() -> None:
 
 
 @commands.command("run")
-@click.option("--base", type=FOLDER, required=True, metavar="DIR", help="The model before alignment.")
-@click.option(
-    "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment, or its LoRA adapter."
+@with_options(
+    BASE,
+    option(
+        FILES,
+        "--aligned",
+        type=FOLDER,
+        required=True,
+        metavar="DIR",
+        help="The model after alignment, or its LoRA adapter.",
+    ),
+    option(
+        FILES,
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="Folder for the result, new or empty; with several alphas such as 'out-{alpha}'.",
+    ),
+    option(
+        FILES,
+        "--save-factors",
+        type=FOLDER,
+        metavar="DIR",
+        help="Also write the update as a LoRA adapter, as `lox-stream adapter` does.",
+    ),
+    DTYPE,
+    MAX_SHARD_SIZE,
+    RANK,
+    option(
+        METHOD,
+        "--alpha",
+        default=f"{DEFAULTS.alpha:g}",
+        metavar="A[,A...]",
+        show_default=True,
+        help="Extrapolation factor; 0 gives a byte copy of the aligned weights. Several: all from one solve.",
+    ),
+    SOLVING,
+    ROUNDING,
+    RECIPE,
+    GLOBS,
+    SPLIT_FUSED,
+    ON_NONFINITE,
+    MISMATCHES,
+    GPU,
+    HOST,
+    ON_THE_WAY,
+    TELLING,
 )
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the result, new or empty.")
-@click.option(
-    "--rank",
-    default=DEFAULTS.rank,
-    metavar="K",
-    show_default=True,
-    help="Leading singular triplets of each difference; 0: all of it, with no SVD.",
-)
-@click.option(
-    "--alpha",
-    default=DEFAULTS.alpha,
-    metavar="A",
-    show_default=True,
-    help="Extrapolation factor; 0 gives a byte copy of the aligned weights.",
-)
-@click.option(
-    "--svd",
-    type=click.Choice(["randomized", "exact"]),
-    default=DEFAULTS.svd,
-    show_default=True,
-    help="exact: full SVD in float64, for checking and small matrices.",
-)
-@click.option(
-    "--tolerance",
-    default=DEFAULTS.tolerance,
-    metavar="T",
-    show_default=True,
-    help="Share of 16-bit output elements that may differ from the exact result (wider ones: relative error 1e-5).",
-)
-@click.option("--skip", multiple=True, metavar="GLOB", help="Copy the tensors with these names; repeatable.")
-@click.option("--only", multiple=True, metavar="GLOB", help="Extrapolate only tensors with these names; repeatable.")
-@click.option(
-    "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
-    default=DEFAULTS.rounding,
-    show_default=True,
-    help="stochastic keeps updates that are smaller than a rounding step, on average.",
-)
-@click.option("--seed", default=DEFAULTS.seed, metavar="N", show_default=True, help="Of stochastic rounding.")
-@click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Options and rules for groups of tensors: a TOML file, or lox_stream.json of an earlier output.",
-)
-@click.option(
-    "--rename",
-    multiple=True,
-    metavar="PATTERN=NAME",
-    help="Names of base as aligned has them: 'model.*=language_model.model.*'; repeatable.",
-)
-@click.option(
-    "--on-missing",
-    type=click.Choice(["error", "copy"]),
-    default=DEFAULTS.on_missing,
-    show_default=True,
-    help="What to do with a matrix that base lacks.",
-)
-@click.option(
-    "--on-shape-mismatch",
-    type=click.Choice(["error", "copy", "overlap"]),
-    default=DEFAULTS.on_shape_mismatch,
-    show_default=True,
-    help="What to do where shapes differ; overlap: extrapolate the rows that both have (a vocabulary that grew).",
-)
-@click.option(
-    "--split-fused",
-    is_flag=True,
-    help="Extrapolate the parts of fused projections (qkv_proj, gate_up_proj, c_attn, ...) each by itself.",
-)
-@click.option(
-    "--on-nonfinite",
-    type=click.Choice(["error", "copy"]),
-    default=DEFAULTS.on_nonfinite,
-    show_default=True,
-    help="What to do with a tensor that holds NaN or Inf.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["same", "float32", "float16", "bfloat16"]),
-    default=DEFAULTS.dtype,
-    show_default=True,
-    help="Of the output's floats; same: as aligned has them.",
-)
-@click.option(
-    "--max-shard-size",
-    callback=_size,
-    metavar="SIZE",
-    show_default="the files of aligned",
-    help="Write files of at most so many bytes of tensors, of even size, such as 5GB.",
-)
-@click.option(
-    "--device",
-    default=DEFAULTS.device,
-    metavar="auto|cpu|cuda[:N,...|:all]",
-    show_default=True,
-    help="What computes: the CPU, a GPU, or several of one kind.",
-)
-@click.option(
-    "--kernels",
-    type=click.Choice(["auto", "triton", "torch"]),
-    default=DEFAULTS.kernels,
-    show_default=True,
-    help="With --device cuda: torch's are slower, and work without Triton.",
-)
-@click.option(
-    "--memory",
-    callback=_size,
-    default="4GiB",
-    metavar="SIZE",
-    show_default=True,
-    help="Budget for the program's own buffers, such as 4GiB or 512M.",
-)
-@click.option(
-    "--gpu-memory",
-    callback=_size,
-    metavar="SIZE",
-    show_default="80 % of what is free",
-    help="With --device cuda: budget for weights and solver on each GPU, such as 20GiB.",
-)
-@click.option("--threads", default=DEFAULTS.threads, metavar="N", show_default="all", help="Threads that compute.")
-@click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="With --resume: check every byte in --out, finished or not, and make again just what is damaged.",
-)
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace what a run writes in --out: an earlier output, or a folder of nothing but such names.",
-)
-@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-@click.option(
-    "--assume",
-    default="",
-    metavar="RATES",
-    show_default="none",
-    help="Predict the time on such a machine: disk=7GB/s,pcie=25GB/s,gpu=3TB/s,card=24GB,cores=32. With --dry-run.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
-def _run(ctx: click.Context, /, base: Path, aligned: Path, out: Path, **given: Any) -> int:
+def _run(ctx: click.Context, /, base: Path, aligned: Path, out: str, save_factors: Path | None, **given: Any) -> int:
     """Write the extrapolated model to a new folder.
 
     \b
-    Example:
+    Examples:
       lox-stream run --base llama-base --aligned llama-instruct --out llama-lox --rank 6 --alpha 1.25
+      lox-stream run --base llama-base --aligned llama-instruct --alpha 0.5,1,1.25 --out 'llama-lox-{alpha}'
     """
-    from lox_stream.cli_run import Request, carry_out
+    from lox_stream.cli_run import carry_out, outputs_of, request_for
+
+    flags, options, alphas = _understood(ctx, given)
+    outputs = outputs_of(out, alphas, save_factors, options)
+    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags))
+
+
+@commands.command("adapter")
+@with_options(
+    BASE,
+    option(FILES, "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment."),
+    option(FILES, "--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the adapter, new or empty."),
+    option(
+        FILES,
+        "--target",
+        type=click.Choice(["peft", "vllm"]),
+        default="peft",
+        show_default=True,
+        help="Who loads it; what that one refuses is left out, and said.",
+    ),
+    option(
+        FILES,
+        "--dtype",
+        "factor_dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default=DEFAULTS.factor_dtype,
+        show_default=True,
+        help="Of the factors.",
+    ),
+    RANK,
+    option(
+        METHOD,
+        "--alpha",
+        default=f"{DEFAULTS.alpha:g}",
+        metavar="A",
+        show_default=True,
+        help="Extrapolation factor: the adapter's scaling, lora_alpha / r.",
+    ),
+    SOLVING,
+    RECIPE,
+    GLOBS,
+    ON_NONFINITE,
+    MISMATCHES,
+    GPU,
+    HOST,
+    ON_THE_WAY,
+    TELLING,
+)
+@click.pass_context
+def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target: str, **given: Any) -> int:
+    """Write the update alone, as a LoRA adapter of the aligned model.
+
+    alpha * (rank-k part of aligned - base) is a LoRA of rank k: some hundred MB for 70B, switched on and off by PEFT
+    or vLLM, and merged by `lox-stream apply`.
+
+    \b
+    Example:
+      lox-stream adapter --base llama-base --aligned llama-instruct --out llama-lox-adapter
+    """
+    from lox_stream.cli_run import carry_out, request_for
+
+    flags, options, alphas = _understood(ctx, given)
+    if len(alphas) > 1:
+        raise OptionError("--alpha names several factors, expected one: an adapter's can be set anew when it is used")
+    form: Any = target
+    outputs = [(out, replace(options, alpha=alphas[0], form=form))]
+    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags))
+
+
+@commands.command("apply")
+@with_options(
+    option(FILES, "--adapter", type=FOLDER, required=True, metavar="DIR", help="A LoRA adapter, as PEFT saves it."),
+    option(FILES, "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model that the adapter changes."),
+    OUT,
+    DTYPE,
+    MAX_SHARD_SIZE,
+    option(
+        METHOD,
+        "--alpha",
+        type=float,
+        metavar="A",
+        show_default="as the adapter says",
+        help="Another factor in place of lora_alpha / r.",
+    ),
+    ROUNDING,
+    RENAME,
+    HOST,
+    ON_THE_WAY,
+    TELLING,
+)
+@click.pass_context
+def _apply(ctx: click.Context, /, adapter: Path, aligned: Path, out: Path, alpha: float | None, **given: Any) -> int:
+    """Merge an adapter into the model that it changes.
+
+    A float32 adapter of lox-stream gives the very bytes that `run` writes.
+
+    \b
+    Example:
+      lox-stream apply --adapter llama-lox-adapter --aligned llama-instruct --out llama-lox --alpha 0.8
+    """
+    from lox_stream.cli_run import carry_out, request_for, require_adapter
 
     flags = {name: given.pop(name) for name in FLAGS}
+    require_adapter(adapter)
+    options = Options(alpha=0.0, scaling=alpha, memory_bytes=given.pop("memory"), **given)
+    return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags))
+
+
+def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, Any], Options, tuple[float, ...]]:
+    """The flags, the options, and the factors that are asked for; a recipe says what was not typed."""
+    flags = {name: given.pop(name) for name in FLAGS}
+    given["alpha"] = alphas_of(given["alpha"])
     recipe = given.pop("recipe")
     if recipe is not None:
         from lox_stream.recipes import read_recipe
 
         found = read_recipe(recipe)
+        known = {*given, "recipe"}
         typed = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-        given |= {name: value for name, value in found.items() if name not in typed}
+        given |= {name: value for name, value in found.items() if name not in typed and name in known}
+    alphas = given.pop("alpha")
+    alphas = alphas if isinstance(alphas, tuple) else (alphas,)
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
-    return carry_out(Request(base, aligned, out, options, typed=ctx.obj, **flags))
+    return flags, options, alphas
 
 
 @commands.command("inspect")
@@ -355,9 +376,9 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     """
     from lox_stream.cli_bench import Request, carry_out, numbers
 
-    for option, value, least in (("--per-shape", given["per_shape"], 1), ("--repeat", given["repeat"], 1)):
+    for name, value, least in (("--per-shape", given["per_shape"], 1), ("--repeat", given["repeat"], 1)):
         if value < least:
-            raise OptionError(f"{option} is {value}, expected {least} or more")
+            raise OptionError(f"{name} is {value}, expected {least} or more")
     if not 0 <= given["seed"] < 1 << 32:
         raise OptionError(f"--seed is {given['seed']}, expected 0 to {(1 << 32) - 1}, which every solver takes")
     if not given["limit"] > 0:

@@ -6,25 +6,29 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_stream.errors import Cancelled, OptionError
+from lox_stream.adapters import is_adapter
+from lox_stream.errors import Cancelled, CheckpointError, OptionError
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import listing, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan, plan_summary
-from lox_stream.predicting import Prediction, parse_machine, predict
+from lox_stream.predicting import Machine, parse_machine, predict
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
+
+
+PLACEHOLDER = "{alpha}"  # in the name of an output's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,7 @@ class Request:
 
     base: Path
     aligned: Path
-    out: Path
-    options: Options
+    outputs: tuple[tuple[Path, Options], ...]  # folders, and what is to be written there
     resume: bool
     overwrite: bool
     repair: bool
@@ -43,6 +46,52 @@ class Request:
     as_json: bool
     quiet: bool
     typed: tuple[str, ...]  # the command's arguments, `run` included
+
+
+def request_for(
+    typed: tuple[str, ...],
+    base: Path,
+    aligned: Path,
+    outputs: Sequence[tuple[Path, Options]],
+    flags: Mapping[str, Any],
+) -> Request:
+    """What was typed, put together."""
+    return Request(base, aligned, tuple(outputs), typed=typed, **flags)
+
+
+def outputs_of(out: str, alphas: Sequence[float], factors: Path | None, options: Options) -> list[tuple[Path, Options]]:
+    """The folders of a run with their options: one for each factor, and one for the update itself.
+
+    All are solved as accurately as the largest factor asks. Raises OptionError.
+    """
+    if out == "":
+        raise OptionError("--out is empty, expected a folder ('.' is the current folder)")
+    if len(alphas) > 1 and PLACEHOLDER not in out:
+        raise OptionError(
+            f"--alpha names {len(alphas)} factors, and --out is {out!r}; expected a place for them in it, such as "
+            f"--out 'out-{PLACEHOLDER}'"
+        )
+    largest = max(alphas, key=abs)
+    options = replace(options, solved_for=largest if len(alphas) > 1 else 0.0)
+    outputs = [(Path(out.replace(PLACEHOLDER, f"{alpha:g}")), replace(options, alpha=alpha)) for alpha in alphas]
+    if factors is not None:
+        outputs.append((factors, replace(options, alpha=largest, form="peft", max_shard_size=0)))
+    places = [folder.absolute() for folder, _ in outputs]
+    twice = next((place for number, place in enumerate(places) if place in places[:number]), None)
+    if twice is not None:
+        raise OptionError(f"{printable(twice)}: is asked for twice, expected a folder of its own for each output")
+    return outputs
+
+
+def require_adapter(path: Path) -> None:
+    """Raise CheckpointError for what holds no adapter."""
+    if not is_adapter(path):
+        raise CheckpointError(
+            [
+                f"adapter: {printable(path)}: holds no LoRA adapter, expected adapter_config.json and its weights, as "
+                "PEFT or `lox-stream adapter` saves them. Check the path"
+            ]
+        )
 
 
 def carry_out(request: Request) -> int:
@@ -55,32 +104,35 @@ def carry_out(request: Request) -> int:
         )
     machine = parse_machine(request.assume)
     with Interruption(lambda: _stopped(request)) as interruption:
-        made = plan(
-            request.base,
-            request.aligned,
-            request.out,
-            options=request.options,
-            resume=request.resume,
-            overwrite=request.overwrite,
-            repair=request.repair,
-            dry=request.dry_run,
-        )
+        made = [
+            plan(
+                request.base,
+                request.aligned,
+                folder,
+                options=options,
+                resume=request.resume,
+                overwrite=request.overwrite,
+                repair=request.repair,
+                dry=request.dry_run,
+            )
+            for folder, options in request.outputs
+        ]
         if not request.dry_run:
             from lox_stream.device import settled
 
-            made = settled(made)
+            made = [settled(one) for one in made]
         if not request.quiet:
-            warn(made.warnings)
+            warn(dict.fromkeys(warning for one in made for warning in one.warnings))
         if request.dry_run:
-            _show_plan(request, made, predict(_still_to_do(request, made), machine))
+            _show_plans(request, made, machine)
             return 0
         try:
-            summary = _execute(request, made, interruption)
+            summaries = _execute(request, made, interruption)
         except Cancelled:
             assert interruption.number is not None, "nobody else cancels"
             interruption.leave(interruption.number)
-    code = NOT_CONVERGED if summary.totals.not_converged else 0
-    _show_summary(request, made, summary, code)
+    code = NOT_CONVERGED if any(summary.totals.not_converged for summary in summaries) else 0
+    _show_summaries(request, made, summaries, code)
     return code
 
 
@@ -93,26 +145,32 @@ def _still_to_do(request: Request, made: Plan) -> Plan:
     return replace(made, steps=tuple(step for step in made.steps if step.name not in finished))
 
 
-def _show_plan(request: Request, made: Plan, prediction: Prediction) -> None:
+def _show_plans(request: Request, made: Sequence[Plan], machine: Machine) -> None:
+    predictions = [predict(_still_to_do(request, one), machine) for one in made]
     if request.as_json:
-        echo_json(plan_summary(made) | {"prediction": prediction.record()})
+        documents = [
+            plan_summary(one) | {"prediction": prediction.record()}
+            for one, prediction in zip(made, predictions, strict=True)
+        ]
+        echo_json(documents[0] if len(documents) == 1 else {"outputs": documents})
     elif not request.quiet:
         from lox_stream.rendering import console_of, plan_tables, prediction_table
 
         console = console_of()
-        for table in [*plan_tables(made), prediction_table(prediction)]:
-            console.print(table)
+        for one, prediction in zip(made, predictions, strict=True):
+            for table in [*plan_tables(one), prediction_table(prediction)]:
+                console.print(table)
         console.print("Nothing was written (--dry-run).")
 
 
-def _execute(request: Request, made: Plan, interruption: Interruption) -> Summary:
-    from lox_stream.api import execute
+def _execute(request: Request, made: Sequence[Plan], interruption: Interruption) -> list[Summary]:
+    from lox_stream.api import execute_all
     from lox_stream.rendering import console_of
     from lox_stream.showing import display
 
     label = "repairing" if request.repair else "extrapolating"
     with display(console_of(stderr=True), label, quiet=request.quiet) as show, interruption.gently():
-        return execute(
+        return execute_all(
             made,
             resume=request.resume,
             overwrite=request.overwrite,
@@ -122,17 +180,31 @@ def _execute(request: Request, made: Plan, interruption: Interruption) -> Summar
         )
 
 
-def _show_summary(request: Request, made: Plan, summary: Summary, code: int) -> None:
+def _show_summaries(request: Request, made: Sequence[Plan], summaries: Sequence[Summary], code: int) -> None:
     if request.as_json:
-        echo_json(summary_document(summary, code))
-    elif not request.quiet and summary.repaired is not None:
-        click.echo(escaped(repaired_text(summary)))
+        documents = [summary_document(summary, code) for summary in summaries]
+        echo_json(documents[0] if len(documents) == 1 else {"outputs": documents, "exit_code": code})
     elif not request.quiet:
-        from lox_stream.rendering import console_of, summary_table
-
-        console_of().print(summary_table(summary))
+        _print_summaries(made, summaries)
     if not request.quiet:
-        warn(warning for warning in summary.warnings if warning not in made.warnings)
+        known = {warning for one in made for warning in one.warnings}
+        warn(dict.fromkeys(w for summary in summaries for w in summary.warnings if w not in known))
+
+
+def _print_summaries(made: Sequence[Plan], summaries: Sequence[Summary]) -> None:
+    repaired = [summary for summary in summaries if summary.repaired is not None]
+    for summary in repaired:
+        click.echo(escaped(repaired_text(summary)))
+    if repaired:
+        return
+    from lox_stream.rendering import adapter_summary, console_of, outputs_table, summary_table
+
+    if len(made) > 1:
+        console_of().print(outputs_table(made, summaries))
+    elif made[0].options.form != "weights":
+        console_of().print(adapter_summary(made[0], summaries[0]))
+    else:
+        console_of().print(summary_table(summaries[0]))
 
 
 def repaired_text(summary: Summary) -> str:
@@ -165,9 +237,11 @@ def summary_document(summary: Summary, code: int) -> dict[str, Any]:
 def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
-    if not (request.out / JOURNAL).exists():
+    begun = [folder for folder, _ in request.outputs if (folder / JOURNAL).exists()]
+    if not begun:
         return "stopped: nothing was written"
-    return f"stopped: {printable(request.out)} keeps what is finished and synced. Go on with:\n  {command}"
+    verb = "keeps" if len(begun) == 1 else "keep"
+    return f"stopped: {listing(map(str, begun))} {verb} what is finished and synced. Go on with:\n  {command}"
 
 
 def going_on(typed: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lox_stream.delta import Delta, KeptDelta, operator
 from lox_stream.kernels.cpu import Run
 from lox_stream.options import Options
-from lox_stream.update import ROUNDED, Matrix, Sample, Setting, Solved, solve_matrices
+from lox_stream.update import ROUNDED, Matrix, Outlet, Sample, Setting, Solved, solve_matrices
 
 Array = npt.NDArray[np.float32]
 
@@ -103,14 +103,14 @@ def ours_together(problems: Sequence[Problem], tolerance: float) -> list[Found]:
     """What it does with several of one shape, which have one rank, alpha and `run`."""
     rank, alpha, run = problems[0].rank, problems[0].alpha, problems[0].run
     options = Options(rank=rank, alpha=alpha, tolerance=tolerance)
-    matrices = [Matrix(one.w1, one.w0, Setting(options, rank, one.seed), lambda first, tile: None) for one in problems]
-    return [_of_solved(one) for one in solve_matrices(matrices, run)]
+    matrices = [Matrix(one.w1, one.w0, Setting(options, rank, one.seed), (Outlet(alpha),)) for one in problems]
+    return [_of_solved(one, alpha) for one in solve_matrices(matrices, run)]
 
 
-def _of_solved(one: object) -> Found:
+def _of_solved(one: object, alpha: float) -> Found:
     assert isinstance(one, Solved), "delta is finite and not zero"
     found = one.found
-    return Found(found.u, found.s.double() / one.scale, found.vh, found.passes, one.predicted_share, one.method)
+    return Found(found.u, found.s.double() / one.scale, found.vh, found.passes, one.predicted_share(alpha), one.method)
 
 
 def full_svd(problem: Problem, _: float) -> Found:

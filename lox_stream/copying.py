@@ -15,7 +15,7 @@ from lox_stream.errors import DataError
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
 from lox_stream.matching import Step, output_bytes
 from lox_stream.reader import TORCH_DTYPES, mapped
-from lox_stream.update import Matrix
+from lox_stream.update import Emit, Matrix
 
 COPY_BYTES = 1 << 20
 
@@ -42,14 +42,14 @@ class InMemory:
         return ""  # nobody reads it from a file again
 
 
-def emit_unchanged(matrix: Matrix, run: Run) -> NotFinite | None:
+def emit_unchanged(matrix: Matrix, emit: Emit, run: Run) -> NotFinite | None:
     """W1 as the tiles of the output; what is wrong where their dtype cannot hold it."""
     flat = matrix.w1.view(-1)
     size = COPY_BYTES // flat.element_size()
 
     def task(i: int) -> None:
         some = flat[i * size : (i + 1) * size]
-        matrix.emit(i * size, some if matrix.dtype == some.dtype else _rounded(some, matrix.dtype))
+        emit(i * size, some if matrix.dtype == some.dtype else _rounded(some, matrix.dtype))
 
     try:
         run(task, -(-len(flat) // size))
@@ -89,6 +89,11 @@ def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -
         run(task, -(-(weight.numel() - first) // TILE_ELEMENTS))
     except NotFinite as problem:
         raise DataError(f"{step.name}: {problem}. Write a wider --dtype, or leave it out") from problem
+
+
+def finite(numbers: Tensor) -> bool:
+    """Whether all are, with a tile's worth of memory."""
+    return all(bool(some.isfinite().all()) for some in numbers.split(TILE_ELEMENTS))  # type: ignore[no-untyped-call]
 
 
 def copy_bytes(data: memoryview, target: Target, offset: int, run: Run) -> None:

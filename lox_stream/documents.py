@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lox_stream import files
+from lox_stream.adapters import CONFIG as ADAPTER_CONFIG
+from lox_stream.carrying import adapter_config
 from lox_stream.checkpoint import companion_path, models_in
 from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
@@ -33,7 +35,9 @@ def written_documents(
     """
     with files.explained(plan.aligned.folder, "read its model card", GO_ON):
         written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
-    for model in models_in(plan.written):
+    if plan.options.form != "weights":
+        written[ADAPTER_CONFIG] = as_json(adapter_config(plan.aligned, plan.steps, plan.options))
+    for model in models_in(plan.written) if plan.options.form == "weights" else ():
         if model.index_name is not None:
             written[model.index_name] = as_json(corrected_index(model))
         config = None if plan.options.dtype == "same" else config_for(model, plan.options.dtype)

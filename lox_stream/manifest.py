@@ -41,6 +41,7 @@ class Totals:
     extrapolated: int
     copied: int  # identical ones included
     rescaled: int  # scales of FP8 that were made anew
+    merged: int  # changed by an adapter, and not extrapolated
     identical: int  # base and aligned hold the same bytes
     n_bytes: int
     energy: float | None  # share of sum |delta|_F^2 that the updates follow, over the matrices that know theirs
@@ -61,6 +62,7 @@ def totals(finished: Iterable[TensorFacts]) -> Totals:
         extrapolated=sum(facts.action == "extrapolate" for facts in rows),
         copied=sum(facts.action == "copy" for facts in rows),
         rescaled=sum(facts.action == "rescale" for facts in rows),
+        merged=sum(facts.action == "merge" for facts in rows),
         identical=sum(facts.reason == "identical" for facts in rows),
         n_bytes=sum(facts.n_bytes for facts in rows),
         energy=_mean((m.energy, m.delta_norm) for m in matrices),
@@ -104,6 +106,7 @@ def manifest_of(
     `stamp` of each file beside the weights, `began` the inputs as the journal has them: what was read, and not what
     lies there by now.
     """
+    left = {"left_out": [asdict(one) for one in plan.left_out]} if plan.left_out else {}
     parts = {step.name: {"parts": [part.label for part in step.parts]} for step in plan.steps if step.parts}
     return {
         "format": FORMAT,
@@ -115,6 +118,7 @@ def manifest_of(
         },
         "index": plan.written.index_name,
         **_components(plan.written),
+        **left,
         "shards": {shard.name: _shard(shard, finished) for shard in plan.written.shards},
         "tensors": {
             tensor.name: _tensor(shard, finished[tensor.name], tensor.dtype, tensor.shape) | parts.get(tensor.name, {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, TypeVar
 
-from lox_stream.adapters import Factors
+from lox_stream.adapters import Factors, Pair
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
@@ -34,7 +34,7 @@ class Step:
     name: str
     aligned: TensorInfo
     base: TensorInfo | None  # None when copied
-    action: Literal["extrapolate", "copy", "rescale"]  # the last for the scales of a weight of FP8
+    action: Literal["extrapolate", "copy", "rescale", "merge"]  # rescale: scales of FP8; merge: factors and no more
     reason: Reason
     rank: int = 0  # as the user gave it; 0: full rank, no SVD
     count: int = 1
@@ -46,6 +46,7 @@ class Step:
     scaled: Scaled | None = None  # how aligned is, where it is of FP8
     base_scaled: Scaled | None = None
     factors: Factors | None = None  # aligned is base changed by these: `aligned` says where base's tensor lies
+    pairs: tuple[Pair, ...] = ()  # of an adapter that is written in place of the tensor; tied weights have several
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:
@@ -158,7 +159,12 @@ def covered(step: Step) -> int:
 
 def rescaled(step: Step) -> bool:
     """Whether a weight of FP8 is written with fresh scales."""
-    return step.scaled is not None and step.action == "extrapolate" and not step.dtype
+    return step.scaled is not None and step.action == "extrapolate" and not step.dtype and not step.pairs
+
+
+def written_names(step: Step) -> tuple[str, ...]:
+    """The tensors of the output that a step writes: its own, or the factors of an adapter."""
+    return tuple(info.name for pair in step.pairs for info in (pair.b, pair.a)) or (step.name,)
 
 
 def with_fresh_scales(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -168,14 +174,20 @@ def with_fresh_scales(steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def whole_pairs(steps: Iterable[Step], finished: Mapping[str, Facts]) -> dict[str, Facts]:
-    """What is finished, without weights of FP8 whose scales are not, and the other way about: both are made at once."""
-    pairs = [(step.name, step.scaled.scale.name) for step in steps if step.scaled and rescaled(step)]
-    halves = {name for pair in pairs for name in pair if not finished.keys() >= set(pair)}
+    """What is finished, without what is made at once with something that is not: FP8 and its scales, two factors."""
+    steps = tuple(steps)
+    groups: list[tuple[str, ...]] = [
+        (step.name, step.scaled.scale.name) for step in steps if step.scaled and rescaled(step)
+    ]
+    groups += [written_names(step) for step in steps if step.pairs]
+    halves = {name for group in groups for name in group if not finished.keys() >= set(group)}
     return {name: facts for name, facts in finished.items() if name not in halves}
 
 
 def output_bytes(step: Step) -> int:
-    """Bytes of the tensor in the output."""
+    """Bytes of the tensor in the output, or of the factors that stand for it."""
+    if step.pairs:
+        return sum(info.n_bytes for pair in step.pairs for info in (pair.a, pair.b))
     return prod(step.aligned.shape) * DTYPE_BYTES[step.dtype] if step.dtype else step.aligned.n_bytes
 
 

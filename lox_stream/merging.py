@@ -21,9 +21,10 @@ from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import lowrank_update
 from lox_stream.kernels.cpu import Retained, Run
 from lox_stream.reader import mapped, read_floats
-from lox_stream.update import ROUNDED, Matrix, Sample, emit_tiles, places
+from lox_stream.update import ROUNDED, Matrix, Sample, Tiles, emit_tiles, lowrank_block, places
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
+NO_SUM = "base holds NaN or Inf, or the sum is beyond its range"  # who asks looks at base
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,20 @@ def change_of(factors: Factors) -> Change:
     return Change(q @ u, s, vh @ p.T)
 
 
-def update_by(change: Change, matrix: Matrix, *, alpha: float, run: Run) -> MatrixFacts | NotFinite:
-    """W0 + delta + alpha * Proj_k(delta) into the matrix's `emit`, k being the setting's rank.
+def update_by(factors: Factors, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
+    """W0 + delta + alpha * Proj_k(delta) into the matrix's one outlet, k being the setting's rank.
 
     The matrix has W0 for both of its weights. If delta is zero nothing is emitted (`method="zero"`).
     """
-    w0, setting = matrix.w0, matrix.setting
+    change = change_of(factors)
+    w0, setting, (outlet,) = matrix.w0, matrix.setting, matrix.outlets
     k = min(setting.rank, len(change.s)) if setting.rank else len(change.s)
     sample = _sample(change, w0, matrix.dtype)
     weight_norm = sample.weight_norm * math.sqrt(w0.numel() / len(places(w0.numel())))
     if not float(change.s[0]) > 0:
         return MatrixFacts(0.0, weight_norm, 0.0, None, "zero")
     factor = torch.ones_like(change.s)
-    factor[:k] += alpha
+    factor[:k] += outlet.alpha
     added = change.s * factor
     wide = torch.float64 if torch.float64 in (w0.dtype, matrix.dtype) else torch.float32
     us, vh = (change.u * added).to(wide), change.vh.to(wide)
@@ -81,10 +83,39 @@ def update_by(change: Change, matrix: Matrix, *, alpha: float, run: Run) -> Matr
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
         return lowrank_update(w0[band, part], us[band], vh[:, part], out, key=setting.key, first=first)
 
-    (kept,) = emit_tiles([matrix], [block], run)
+    (kept,) = emit_tiles([Tiles(matrix, outlet.emit, block)], run)
     if not kept.finite:
-        return NotFinite("base holds NaN or Inf, or the sum is beyond its range")  # who asks looks at base
+        return NotFinite(NO_SUM)
     return _facts(change.s, k, float(added.norm()), weight_norm, sample, kept, matrix)
+
+
+def merged_by(factors: Factors, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
+    """W0 + delta into the matrix's one outlet: (scaling B) A as the factors are, by the arithmetic of `run`.
+
+    So a merged adapter of lox-stream's own, in float32, is what `run` writes, bit by bit. If delta is zero nothing is
+    emitted (`method="zero"`).
+    """
+    w0, (outlet,) = matrix.w0, matrix.outlets
+    change = change_of(factors)
+    sample = _sample(change, w0, matrix.dtype)
+    weight_norm = sample.weight_norm * math.sqrt(w0.numel() / len(places(w0.numel())))
+    norm = float(change.s.norm())
+    if not norm > 0:
+        return MatrixFacts(0.0, weight_norm, 0.0, None, "zero")
+    wide = torch.float64 if torch.float64 in (w0.dtype, matrix.dtype) else torch.float32
+    left, right = without_zeros(*read_sides(factors))
+    block = lowrank_block(matrix, left.to(wide), right.to(wide), factors.scaling)
+    (kept,) = emit_tiles([Tiles(matrix, outlet.emit, block)], run)
+    if not kept.finite:
+        return NotFinite(NO_SUM)
+    return MatrixFacts(norm, weight_norm, norm, kept.retention, "merged", tuple(change.s.tolist()))
+
+
+def without_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (m, r) and (r, n) without the columns and rows at their end that are padding."""
+    used = (left != 0).any(0) | (right != 0).any(1)
+    count = int(used.nonzero()[-1]) + 1 if bool(used.any()) else 0
+    return left[:, :count].contiguous(), right[:count].contiguous()
 
 
 def _facts(

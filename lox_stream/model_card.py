@@ -42,7 +42,9 @@ def card_for(plan: Plan, totals: Totals) -> bytes:
     path = plan.aligned.folder / MODEL_CARD
     models = list(dict.fromkeys((model_name(plan.aligned), model_name(plan.base))))
     entries: dict[str, str | Sequence[str]] = {"base_model": models, "base_model_relation": "merge"}
-    if "model_type" in plan.aligned.config or "architectures" in plan.aligned.config:
+    if plan.options.form != "weights":
+        entries = {"base_model": models[:1], "base_model_relation": "adapter", "library_name": "peft"}
+    elif "model_type" in plan.aligned.config or "architectures" in plan.aligned.config:
         entries["library_name"] = "transformers"
     elif plan.aligned.components:
         entries["library_name"] = "diffusers"
@@ -132,6 +134,8 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
     options, (aligned, *rest) = plan.options, models
     base = rest[0] if rest else aligned
     rank = options.rank or "full"
+    if totals.merged and not totals.extrapolated:
+        return _merge_section(plan, totals, aligned, base)
     rows = [
         ("aligned", _code(aligned)),
         ("base", _code(base)),
@@ -140,20 +144,47 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         ("SVD", _svd(plan)),
         ("rounding", options.rounding + (f", seed {options.seed}" if options.rounding == "stochastic" else "")),
         *([("recipe", f"{len(options.recipe)} rules, in lox_stream.json")] if options.recipe else []),
-        ("tensors", f"{totals.extrapolated} extrapolated, {totals.copied} copied{_rescaled(totals)}"),
+        ("tensors", _tensors(plan, totals)),
         *_measured("energy of the difference in the update", totals.energy),
         *_measured("retention of the update after rounding", totals.retention),
     ]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
-    return (
-        "## LoX: low-rank extrapolation\n\n"
+    made = (
         f"These weights were made by lox-stream {version('lox-stream')}: to each weight matrix of the aligned model "
         "was added `alpha` times the rank-`k` part of its difference from the base model, "
+    )
+    if options.form != "weights":
+        made = (
+            f"This LoRA adapter was made by lox-stream {version('lox-stream')}: to each weight matrix of the aligned "
+            "model that it names it adds `alpha` times the rank-`k` part of its difference from the base model, "
+        )
+    return (
+        "## LoX: low-rank extrapolation\n\n"
+        f"{made}"
         "`W = W1 + alpha * (W1 - W0)_k`, which makes the alignment harder to remove by later fine-tuning.\n\n"
         f"| | |\n| --- | --- |\n{table}\n"
         f"{_retention_note(totals)}"
         "Checksums and the facts of each tensor are in `lox_stream.json`.\n\n"
         f"{CITATION}"
+    )
+
+
+def _merge_section(plan: Plan, totals: Totals, adapter: str, model: str) -> str:
+    """Of an adapter that was merged and no more."""
+    rows = [
+        ("model", _code(model)),
+        ("adapter", _code(adapter)),
+        *([("alpha", f"{plan.options.scaling:g}")] if plan.options.scaling is not None else []),
+        ("rounding", plan.options.rounding),
+        ("tensors", f"{totals.merged} merged, {totals.copied} copied"),
+        *_measured("retention of the update after rounding", totals.retention),
+    ]
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    return (
+        "## Merged adapter\n\n"
+        f"These weights were made by lox-stream {version('lox-stream')}: a LoRA adapter was merged into the model, "
+        f"`W = W1 + scaling * B A`, rounded once.\n\n| | |\n| --- | --- |\n{table}\n"
+        "Checksums and the facts of each tensor are in `lox_stream.json`.\n"
     )
 
 
@@ -163,8 +194,13 @@ def _svd(plan: Plan) -> str:
     return "none" if plan.options.rank == 0 else plan.options.svd
 
 
-def _rescaled(totals: Totals) -> str:
-    return f", {totals.rescaled} of scales made anew" if totals.rescaled else ""
+def _tensors(plan: Plan, totals: Totals) -> str:
+    if plan.options.form != "weights":
+        left = f", {len(plan.left_out)} that it cannot carry left out" if plan.left_out else ""
+        return f"factors of {totals.extrapolated}{left}"
+    merged = f", {totals.merged} merged and no more" if totals.merged else ""
+    rescaled = f", {totals.rescaled} of scales made anew" if totals.rescaled else ""
+    return f"{totals.extrapolated} extrapolated, {totals.copied} copied{merged}{rescaled}"
 
 
 def _retention_note(totals: Totals) -> str:

@@ -16,14 +16,26 @@ import torch
 
 from lox_stream.blocks import Blocks, Moves, Resident, Streamed
 from lox_stream.card_delta import DeltaOnCard
-from lox_stream.cards import Card
+from lox_stream.cards import Card, Lane
 from lox_stream.costs import CARD_SHARE, bytes_on_card, goes_on_card
 from lox_stream.delta import NotFinite
 from lox_stream.errors import DeviceError
-from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import GPUKernels, Run
 from lox_stream.lending import Budget, Lanes
-from lox_stream.update import Emit, Matrix, Sample, Solved, UpdateAway, begin_away, solve_away
+from lox_stream.update import (
+    Emit,
+    Matrix,
+    Outcome,
+    Outcomes,
+    Outlet,
+    Sample,
+    Solved,
+    UpdateAway,
+    begin_away,
+    factors_of,
+    facts_of,
+    solve_away,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPUTE_LANES = 2
@@ -43,8 +55,8 @@ class OnCard:
         """Give back the card's memory, once nobody is in here any more."""
         self.card.close()
 
-    def extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
-        """As `update.extrapolate_matrix`, but NotFinite is returned; DeviceError where the memory ends.
+    def extrapolate(self, matrix: Matrix, run: Run) -> Outcomes:
+        """As `update.extrapolate_matrices` of one; raises DeviceError where the memory ends.
 
         The weights lie on the card where they fit. Else, and where the memory ends though they should, they go to it
         in blocks, for each product anew: the bits are the same.
@@ -54,7 +66,7 @@ class OnCard:
             return begun
         part, emitted = self.kernels.part_rows(*matrix.w1.shape), threading.Event()
         rows = 0 if self._bytes(matrix, 0) <= self.budget.n_bytes else self._block_rows(matrix, part)
-        watched = replace(matrix, emit=_noted(emitted, matrix.emit))
+        watched = replace(matrix, outlets=tuple(_noted(emitted, outlet) for outlet in matrix.outlets))
         try:
             with self.budget.held(self._bytes(matrix, rows), run):
                 return self._extrapolate(watched, begun, rows, run)
@@ -96,7 +108,7 @@ class OnCard:
             rows += part
         return rows
 
-    def _extrapolate(self, matrix: Matrix, sample: Sample, rows: int, run: Run) -> MatrixFacts | NotFinite:
+    def _extrapolate(self, matrix: Matrix, sample: Sample, rows: int, run: Run) -> Outcomes:
         """In blocks of so many rows; 0: with the weights on the card."""
         moves, w1, w0 = self._moves, matrix.w1, matrix.w0
         with self.card.entered(), self._all_done():
@@ -111,17 +123,40 @@ class OnCard:
                     if not isinstance(solved, Solved):
                         compute.record().wait()
                         return solved
-                    update = UpdateAway(solved, self.kernels)
-                for block, there, _ in blocks.walk(both=False):
-                    compute.launch(update.of(block, there))
-                    if resident is None:
-                        moves.back.wait_for(compute.record())
-                        moves.move_out(there, _from(block.start * w1.shape[1], matrix.emit), run)
+                    b, a = factors_of(solved, torch.float32)
+                outcomes = []
+                for outlet in matrix.outlets:
+                    if outlet.take is not None:
+                        with compute.entered():
+                            outlet.take(b.cpu(), a.cpu())
+                        outcomes.append(facts_of(solved, outlet, None))
+                        continue
+                    if resident is not None and resident.used:
+                        resident.restore(w1, run)
+                        compute.wait_for(resident.ready)
+                    outcomes.append(self._update(solved, outlet, b, a, compute, blocks, run))
+                return tuple(outcomes)
+
+    def _update(
+        self, solved: Solved, outlet: Outlet, b: torch.Tensor, a: torch.Tensor, compute: Lane, blocks: Blocks, run: Run
+    ) -> Outcome:
+        """One of the outputs, out of the weights as they are on the card."""
+        moves, columns = self._moves, solved.matrix.w1.shape[1]
+        resident = blocks if isinstance(blocks, Resident) else None
+        with compute.entered():
+            update = UpdateAway(solved, b, a, outlet, self.kernels)
+        for block, there, _ in blocks.walk(both=False):
+            compute.launch(update.of(block, there))
+            if resident is None:
                 moves.back.wait_for(compute.record())
-            outcome = update.facts(moves.fetched(update.sums))
-            if resident is not None and not isinstance(outcome, NotFinite):
-                moves.move_out(resident.w1, matrix.emit, run)
-            return outcome
+                moves.move_out(there, _from(block.start * columns, outlet.emit), run)
+        moves.back.wait_for(compute.record())
+        outcome = update.facts(moves.fetched(update.sums))
+        if resident is not None:
+            resident.used = True
+            if not isinstance(outcome, NotFinite):
+                moves.move_out(resident.w1, outlet.emit, run)
+        return outcome
 
     @contextmanager
     def _all_done(self) -> Iterator[None]:
@@ -134,14 +169,19 @@ class OnCard:
             raise
 
 
-def _noted(emitted: threading.Event, emit: Emit) -> Emit:
-    """`emit` that is seen to be called."""
+def _noted(emitted: threading.Event, outlet: Outlet) -> Outlet:
+    """An outlet that is seen to be used."""
 
     def noting(at: int, tile: torch.Tensor) -> None:
         emitted.set()
-        emit(at, tile)
+        outlet.emit(at, tile)
 
-    return noting
+    def taking(b: torch.Tensor, a: torch.Tensor) -> None:
+        assert outlet.take is not None, "it takes factors"
+        emitted.set()
+        outlet.take(b, a)
+
+    return replace(outlet, emit=noting, take=taking if outlet.take is not None else None)
 
 
 def _no_memory(matrix: Matrix, rows: int, problem: str) -> DeviceError:
@@ -185,7 +225,7 @@ class Cards:
         known = all(weight.dtype in DTYPES for weight in (matrix.w1, matrix.w0)) and matrix.dtype == matrix.w1.dtype
         return known and goes_on_card(m, n, setting.rank, setting.options.svd)
 
-    def extrapolate(self, matrix: Matrix, run: Run) -> MatrixFacts | NotFinite:
+    def extrapolate(self, matrix: Matrix, run: Run) -> Outcomes:
         """`OnCard.extrapolate` on one of them."""
         with self._taken(matrix.w1.numel()) as card:
             return card.extrapolate(matrix, run)

@@ -49,6 +49,10 @@ class Options:
     split_fused: bool = False  # the parts of fused projections as matrices of their own
     dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"  # of the output's floats
     max_shard_size: int = 0  # bytes of tensors in a file of the output; 0: the files of aligned
+    form: Literal["weights", "peft", "vllm"] = "weights"  # what is written: the model, or its update as an adapter
+    factor_dtype: Literal["float32", "bfloat16"] = "float32"  # of that adapter's factors
+    scaling: float | None = None  # of an adapter's factors; None: as its config says
+    solved_for: float = 0.0  # alpha that the tolerance is for; 0: alpha itself
     recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
@@ -71,7 +75,15 @@ def said_by(rule: Rule) -> dict[str, Any]:
 def options_for(name: str, options: Options) -> Options:
     """The options as they are for one tensor."""
     rule = rule_for(name, options)
-    return options if rule is None else replace(options, **said_by(rule))
+    if rule is None:
+        return options
+    solved_for = options.solved_for if rule.alpha is None else 0.0
+    return replace(options, solved_for=solved_for, **said_by(rule))
+
+
+def alpha_solved_for(options: Options) -> float:
+    """The factor for which a matrix is solved as accurately as the tolerance asks."""
+    return options.solved_for or options.alpha
 
 
 def from_json(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +118,10 @@ def check_options(options: Options) -> None:
         *_whole_number("--gpu-memory", options.gpu_memory_bytes, 0, None, "0 uses 80 % of what is free"),
         *_real_number("--alpha", options.alpha, -math.inf, "1.25 is the paper's; 0 copies the aligned weights"),
         *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),
+        *([] if options.scaling is None else _real_number("--alpha", options.scaling, -math.inf, "1 is PEFT's")),
+        *_real_number("solved_for", options.solved_for, -math.inf, "0 is alpha itself"),
+        *_one_of("--target", options.form, ("weights", "peft", "vllm")),
+        *_one_of("factor_dtype", options.factor_dtype, ("float32", "bfloat16")),
         *_one_of("--svd", options.svd, ("randomized", "exact")),
         *_one_of("--rounding", options.rounding, ("nearest", "stochastic")),
         *_one_of("--on-nonfinite", options.on_nonfinite, ("error", "copy")),

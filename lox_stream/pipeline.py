@@ -14,7 +14,7 @@ import queue
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from lox_stream.options import Options
 from lox_stream.planning import memory_needed
 from lox_stream.processing import process
 from lox_stream.reader import Prefetch
+from lox_stream.sinks import Use, Way, Written
 from lox_stream.workers import Workers
 
 TICK_S = 0.1
@@ -42,11 +43,12 @@ Job = tuple[int, ...]  # indices of the steps that are carried out together
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A tensor whose last byte was written to its target."""
+    """A tensor of an output whose last byte was written to its target."""
 
     step: Step
     facts: TensorFacts
     target: Target
+    way: int = 0  # number of the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Tick:
 @dataclass(frozen=True, slots=True)
 class _Done:
     job: Job
-    finished: list[Finished]
+    finished: list[list[Finished]]  # of each of its tensors, in all outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,23 @@ def compute(
     the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
     buffers stay within `options.memory_bytes`, except that one job is always admitted.
     """
+    way = Way({step.name: step for step in steps}, options, place)
+    return compute_all([way], stop=stop, in_order=in_order, held_bytes=held_bytes)
+
+
+def compute_all(
+    ways: Sequence[Way],
+    *,
+    stop: threading.Event | None = None,
+    in_order: bool = False,
+    held_bytes: Callable[[Step], int] = lambda step: 0,
+) -> Generator[Finished | Tick, None, None]:
+    """`compute` for several outputs of one pair: each tensor is read and solved once, for all that have it.
+
+    The first output's options say how it is computed. A tensor's events come one after the other.
+    """
+    options = ways[0].options
+    steps = _leaders(ways)
     cards = cards_of(options)
     count = 0 if cards is None else len(cards)
     threads = max(thread_count(options), count * CARD_THREADS)
@@ -99,8 +118,9 @@ def compute(
     jobs = jobs_of(steps, options)
     if not in_order:
         jobs = smallest_first(jobs, steps)
-    admission = _Admission(steps, jobs, options, threads, count * costs.PINNED_BYTES, held_bytes)
-    parked: dict[int, Finished] = {}
+    costs_of = [_memory_for(step, ways) + held_bytes(step) for step in steps]
+    admission = _Admission(costs_of, jobs, options, threads, count * costs.PINNED_BYTES)
+    parked: dict[int, list[Finished]] = {}
     with nullcontext() if cards is None else closing(cards), Workers(threads, stop) as workers:
         reading = Prefetch(
             [[steps[index] for index in job] for job in jobs],
@@ -114,7 +134,7 @@ def compute(
                 if stop is not None and stop.is_set():
                     raise Cancelled("stopped on request")
                 for job in admission.admit():
-                    workers.submit(_work(job, steps, place, options, workers, cards, events))
+                    workers.submit(_work(job, [_uses(steps[i], ways) for i in job], ways, workers, cards, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
@@ -126,12 +146,12 @@ def compute(
                     admission.fetched += 1
                     continue
                 admission.done(event.job)
-                reading.release([finished.step for finished in event.finished])
+                reading.release([steps[index] for index in event.job])
                 parked.update(zip(event.job, event.finished, strict=True))
                 ready = [following] if in_order else list(event.job)
                 for index in ready:
                     if index in parked:
-                        yield parked.pop(index)
+                        yield from parked.pop(index)
                         admission.release(index)
                         following += 1
                         if in_order:
@@ -141,6 +161,34 @@ def compute(
             raise
         finally:
             reading.close()
+
+
+def _leaders(ways: Sequence[Way]) -> list[Step]:
+    """Each tensor once, in the order of aligned's files, as the output has it that takes most to make."""
+    found: dict[str, Step] = {}
+    for way in ways:
+        for name, step in way.steps.items():
+            if name not in found or _effort(step) > _effort(found[name]):
+                found[name] = step
+    if len(ways) == 1:
+        return list(found.values())
+    return sorted(found.values(), key=lambda step: (str(step.aligned.path), step.aligned.start))
+
+
+def _effort(step: Step) -> tuple[bool, bool]:
+    return rescaled(step) or step.action == "rescale", step.action == "extrapolate"
+
+
+def _memory_for(leader: Step, ways: Sequence[Way]) -> int:
+    """Of a tensor in all outputs, of which each holds what it puts together, or quantises."""
+    uses = _uses(leader, ways)
+    several = any(use.step.parts or rescaled(use.step) for use in uses)
+    needed = [memory_needed(use.step, use.way.options) for use in uses]
+    return sum(needed) if several else max(needed)
+
+
+def _uses(leader: Step, ways: Sequence[Way]) -> list[Use]:
+    return [Use(way.steps[leader.name], way) for way in ways if leader.name in way.steps]
 
 
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
@@ -191,14 +239,13 @@ class _Admission:
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        cost: Sequence[int],
         jobs: Sequence[Job],
         options: Options,
         threads: int,
         pinned_bytes: int,
-        held_bytes: Callable[[Step], int],
     ) -> None:
-        self.cost = [memory_needed(step, options) + held_bytes(step) for step in steps]
+        self.cost = cost  # bytes of each step
         own = costs.thread_bytes(threads) + pinned_bytes
         self.budget = max(options.memory_bytes - own, options.memory_bytes // 4)
         self.most = threads + 1
@@ -233,28 +280,30 @@ class _Admission:
 
 def _work(
     job: Job,
-    steps: Sequence[Step],
-    place: Callable[[Step], Target],
-    options: Options,
+    tensors: Sequence[Sequence[Use]],
+    ways: Sequence[Way],
     workers: Workers,
     cards: Cards | None,
     events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
     def work() -> None:
-        these = [steps[index] for index in job]
         try:
             workers.check()
-            written = process(these, place, options, workers.run, cards)
+            written = process(tensors, workers.run, cards)
         except BaseException as problem:  # raised where the events are read
             traceback.clear_frames(problem.__traceback__)  # which hold maps, and a GPU's memory
             if problem.__cause__ is not None:
                 traceback.clear_frames(problem.__cause__.__traceback__)
             events.put(_Failed(problem))
         else:
-            finished = [Finished(step, facts, target) for step, (facts, target) in zip(these, written, strict=True)]
-            events.put(_Done(job, finished))
+            numbers = {id(way): number for number, way in enumerate(ways)}
+            events.put(_Done(job, [[_finished(one, numbers) for one in of] for of in written]))
 
     return work
+
+
+def _finished(one: Written, numbers: Mapping[int, int]) -> Finished:
+    return Finished(one.use.step, one.facts, one.target, numbers[id(one.use.way)])
 
 
 def thread_count(options: Options) -> int:

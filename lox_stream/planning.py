@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lox_stream import costs
-from lox_stream.adapters import Adapter, is_adapter, open_adapter
+from lox_stream.adapters import Adapter, is_adapter, open_adapter, rescaled_to
 from lox_stream.adapting import laid_over, match_adapter
+from lox_stream.carrying import LeftOut, adapter_inputs, adapter_warnings, as_adapter
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, companion_path, files_of, open_checkpoint
 from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
@@ -42,6 +43,7 @@ class Plan:
     options: Options
     steps: tuple[Step, ...]  # by aligned's shards and offsets, so that reading is sequential
     warnings: tuple[str, ...]  # complete messages
+    left_out: tuple[LeftOut, ...] = ()  # of an adapter: what it cannot carry
 
 
 def plan(
@@ -70,12 +72,15 @@ def plan(
     adapter, opened_aligned = None, None
     if not is_adapter(aligned):
         opened_aligned = problems.open(aligned, "aligned")
-    elif (adapter := problems.open_adapter(aligned)) is not None and opened_base is not None:
+    elif (adapter := problems.open_adapter(aligned, options.scaling)) is not None and opened_base is not None:
         opened_aligned = laid_over(opened_base, adapter)
     written: Checkpoint | None = None
     steps: tuple[Step, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     warnings: list[str] = []
     if opened_aligned is not None:
+        if options.form != "weights":
+            opened_aligned = replace(opened_aligned, companions=())
         written = rewritten(opened_aligned, output_dtypes(opened_aligned, options.dtype), options.max_shard_size)
         problems.option += [*glob_problems(opened_aligned, options), *_dtype_problems(opened_aligned, options)]
     if opened_base is not None and opened_aligned is not None and written is not None:
@@ -83,8 +88,15 @@ def plan(
             steps, found, warnings = match(opened_base, opened_aligned, options)
         else:
             steps, found, warnings = match_adapter(opened_base, adapter, options)
-        steps = with_fresh_scales([_as_written(step, written) for step in steps if step.name in written.tensors])
         problems.input += [*_same_problems(opened_base, opened_aligned), *found]
+        steps = tuple(_as_written(step, written) for step in steps if step.name in written.tensors)
+        if options.form == "weights":
+            steps = with_fresh_scales(steps)
+        else:
+            written, steps, left_out, refused = as_adapter(opened_aligned, steps, options)
+            problems.input += adapter_inputs(opened_aligned)
+            problems.option += [] if opened_aligned.components or adapter is not None else refused
+            warnings += adapter_warnings(steps, options)
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:
@@ -101,7 +113,7 @@ def plan(
     assert opened_base is not None, "what cannot be opened is a problem"
     assert opened_aligned is not None, "what cannot be opened is a problem"
     assert written is not None, "it is made of aligned"
-    return Plan(opened_base, opened_aligned, written, target, options, steps, tuple(warnings))
+    return Plan(opened_base, opened_aligned, written, target, options, steps, tuple(warnings), left_out)
 
 
 def _as_written(step: Step, written: Checkpoint) -> Step:
@@ -192,9 +204,9 @@ def output_names(plan_or_aligned: Plan | Checkpoint) -> tuple[str, ...]:
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan as JSON-able data: inputs, options, each step, totals in tensors and bytes, warnings."""
-    changed, copied, rescaled = (
+    changed, copied, rescaled, merged = (
         [output_bytes(step) for step in plan.steps if step.action == action]
-        for action in ("extrapolate", "copy", "rescale")
+        for action in ("extrapolate", "copy", "rescale", "merge")
     )
     return {
         "base": str(plan.base.root),
@@ -204,23 +216,30 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "steps": [_step_summary(step, plan.options) for step in plan.steps],
         "totals": {
             "tensors": len(plan.steps),
-            "bytes": sum(changed) + sum(copied) + sum(rescaled),
+            "bytes": sum(changed) + sum(copied) + sum(rescaled) + sum(merged),
             "extrapolated_tensors": len(changed),
             "extrapolated_bytes": sum(changed),
             "copied_tensors": len(copied),
             "copied_bytes": sum(copied),
             "rescaled_tensors": len(rescaled),
             "rescaled_bytes": sum(rescaled),
+            "merged_tensors": len(merged),
+            "merged_bytes": sum(merged),
             "shards": len(plan.written.shards),
             "companions": len(plan.aligned.companions),
         },
+        "left_out": [asdict(one) for one in plan.left_out],
         "warnings": list(plan.warnings),
     }
 
 
 def _step_summary(step: Step, options: Options) -> dict[str, Any]:
     base = step.base if step.factors is None else step.aligned
-    said = {} if step.factors is None else {"factors": {"rank": step.factors.rank, "scaling": step.factors.scaling}}
+    said: dict[str, Any] = {}
+    if step.factors is not None:
+        said["factors"] = {"rank": step.factors.rank, "scaling": step.factors.scaling}
+    if step.pairs:
+        said["modules"] = [pair.module for pair in step.pairs]
     return {
         "name": step.name,
         "action": step.action,
@@ -260,10 +279,11 @@ class _Problems:
         self.input += [f"{side}: {problem}" for problem in problems]
         return None
 
-    def open_adapter(self, path: str | Path) -> Adapter | None:
-        """The same of an adapter."""
+    def open_adapter(self, path: str | Path, scaling: float | None) -> Adapter | None:
+        """The same of an adapter, with a scaling of its factors in place of its own."""
         try:
-            return open_adapter(path)
+            adapter = open_adapter(path)
+            return adapter if scaling is None else rescaled_to(adapter, scaling)
         except CheckpointError as error:
             self.input += [f"aligned: {problem}" for problem in error.problems]
             return None

@@ -1,4 +1,4 @@
-"""Tensors, from their two maps to their places in the output: extrapolated, or copied."""
+"""Tensors, from their two maps to their places in the outputs: extrapolated, or copied."""
 
 from __future__ import annotations
 
@@ -6,92 +6,145 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lox_stream import fp8
-from lox_stream.assembling import Assembly
-from lox_stream.copying import InMemory, Target, as_bytes, copy_bytes, copy_from, emit_unchanged
+from lox_stream.changing import changed
+from lox_stream.copying import InMemory, Target, as_bytes, copy_bytes, copy_from, finite
 from lox_stream.costs import together
-from lox_stream.delta import NotFinite, OutOfRange
+from lox_stream.delta import NotFinite
 from lox_stream.errors import DataError
-from lox_stream.facts import MatrixFacts, TensorFacts
-from lox_stream.kernels import key_of
-from lox_stream.kernels.cpu import TILE_ELEMENTS, Run
-from lox_stream.matching import Step, covered, output_bytes, rescaled
-from lox_stream.merging import change_of, update_by
+from lox_stream.facts import MatrixFacts
+from lox_stream.kernels.cpu import Run
+from lox_stream.matching import Step, covered, rescaled
 from lox_stream.names import listing
 from lox_stream.on_card import Cards
-from lox_stream.options import Options, options_for
-from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at, matrix_of
+from lox_stream.options import Options
+from lox_stream.outcomes import Found, accepted, facts_for, setting_of
+from lox_stream.reader import TORCH_DTYPES, matrix_of
 from lox_stream.regions import Region, regions_of
-from lox_stream.update import Matrix, Setting, extrapolate_matrices
-
-Outcome = tuple[MatrixFacts, ...] | NotFinite  # of a step: an empty tuple for one that is copied
-SUSPICIOUS = 0.5  # |delta| / |W| that fine-tuning does not give
+from lox_stream.sinks import Sink, TileSink, Use, Written, sink_of
+from lox_stream.update import Matrix, Outcome, extrapolate_matrices
 
 
-def process(
-    steps: Sequence[Step], place: Callable[[Step], Target], options: Options, run: Run, cards: Cards | None = None
-) -> list[tuple[TensorFacts, Target]]:
-    """Carry out a step, or several whose matrices have one shape and are solved together; on `cards` what they take.
+def process(tensors: Sequence[Sequence[Use]], run: Run, cards: Cards | None = None) -> list[list[Written]]:
+    """Carry out a tensor in all outputs that have it, or several whose matrices have one shape and are solved together.
 
-    `place(step)` makes its target, a second time if the tensor has to be written anew. Raises DataError for NaN or Inf,
-    unless `options.on_nonfinite` is "copy".
+    Matrices are computed on `cards` if these take them. Raises DataError for NaN or Inf, unless `on_nonfinite` is
+    "copy". A weight of FP8 comes with its scales, as the second of two tensors.
     """
     started = time.perf_counter()
-    if rescaled(steps[0]):
-        return _rescale(steps[0], steps[1], place, options, run, cards)
-    if steps[0].factors is not None:
-        return [_changed(step, place, options, run) for step in steps]
-    targets = [place(step) for step in steps]
-    outcomes: list[Outcome] = [()] * len(steps)
-    told: list[list[str]] = [[] for _ in steps]
-    if steps[0].action == "extrapolate":
-        outcomes = _extrapolate(steps, targets, options, run, cards, told)
-    finished = []
-    for step, target, outcome, notices in zip(steps, targets, outcomes, told, strict=True):
-        if step.action == "copy" or isinstance(outcome, NotFinite):
-            target = place(step) if isinstance(outcome, NotFinite) else target
-            copy_from(0, step, target, run)
-        elif covered(step) < prod(step.aligned.shape):
-            notices += _rows_left(step)
-            copy_from(covered(step), step, target, run)
-        elapsed_s = (time.perf_counter() - started) / len(steps)
-        finished.append((_facts(step, outcome, notices, target.checksum(), elapsed_s), target))
-    return finished
+    written: list[list[Written]] = [[] for _ in tensors]
+    usual = [
+        [use for use in uses if not (rescaled(use.step) or _scales(use.step) or use.step.factors)] for uses in tensors
+    ]
+    works = [_Work([sink_of(use) for use in uses]) for uses in usual if uses]
+    if any(work.changing for work in works):
+        _extrapolate([work for work in works if work.changing], run, cards)
+    for work in works:
+        work.copy_the_rest(run)
+    elapsed_s = (time.perf_counter() - started) / len(tensors)
+    places = [i for i, uses in enumerate(usual) if uses]
+    for i, work in zip(places, works, strict=True):
+        written[i] += work.written(elapsed_s)
+    for i, uses in enumerate(tensors):
+        for use in uses:
+            if use.step.factors is not None:
+                written[i] += [changed(use, run)]
+            elif rescaled(use.step):
+                weight, scales = _rescale(use, run, cards)
+                written[i].append(weight)
+                written[i + 1].append(scales)
+    return written
 
 
-def _rescale(
-    weight: Step, scales: Step, place: Callable[[Step], Target], options: Options, run: Run, cards: Cards | None
-) -> list[tuple[TensorFacts, Target]]:
+def _scales(step: Step) -> bool:
+    """Whether these are scales that are made anew with their weight."""
+    return step.action == "rescale"
+
+
+@dataclass(slots=True)
+class _Work:
+    """A tensor while it is computed for several outputs: where its results go, and what became of them."""
+
+    sinks: list[Sink]
+    found: list[Found] = field(default_factory=list)  # of each sink
+    told: list[str] = field(default_factory=list)  # notices
+
+    def __post_init__(self) -> None:
+        self.found = [() for _ in self.sinks]
+
+    @property
+    def changing(self) -> list[int]:
+        """The sinks of outputs in which the tensor is extrapolated."""
+        return [i for i, sink in enumerate(self.sinks) if sink.use.step.action == "extrapolate"]
+
+    @property
+    def step(self) -> Step:
+        """How it is extrapolated: for all that do so the same, but for alpha."""
+        return self.sinks[self.changing[0]].use.step
+
+    @property
+    def options(self) -> Options:
+        return self.sinks[self.changing[0]].use.way.options
+
+    def copy_the_rest(self, run: Run) -> None:
+        """Where nothing is extrapolated, and what is not part of a matrix."""
+        for sink, found in zip(self.sinks, self.found, strict=True):
+            step = sink.use.step
+            if step.action != "extrapolate":
+                sink.copied(run, again=False)
+            elif isinstance(found, NotFinite):
+                sink.copied(run, again=True)
+            else:
+                sink.ended(run)
+        if self.changing and covered(self.step) < prod(self.step.aligned.shape):
+            self.told += _rows_left(self.step)
+
+    def written(self, elapsed_s: float) -> list[Written]:
+        told = [self.told if i in self.changing else [] for i in range(len(self.sinks))]
+        return [
+            written
+            for sink, found, notices in zip(self.sinks, self.found, told, strict=True)
+            for written in sink.written(found, notices, elapsed_s)
+        ]
+
+
+def _rescale(use: Use, run: Run, cards: Cards | None) -> tuple[Written, Written]:
     """A weight of FP8 and its scales, both made anew; copied where nothing changes."""
     started = time.perf_counter()
-    made, told = InMemory(weight.m * weight.n * torch.float32.itemsize), list[str]()
-    (outcome,) = _extrapolate([weight], [made], options, run, cards, [told])
-    targets = [place(weight), place(scales)]
+    weight, way = use.step, use.way
+    assert weight.scaled is not None, "it is of FP8"
+    scales = way.steps[weight.scaled.scale.name]
+    made = InMemory(weight.m * weight.n * torch.float32.itemsize)
+    work = _Work([TileSink(Use(weight, replace(way, place=lambda step: made)))])
+    _extrapolate([work], run, cards)
+    (outcome,) = work.found
+    targets = [way.place(weight), way.place(scales)]
     if isinstance(outcome, NotFinite) or all(matrix.method == "zero" for matrix in outcome):
         for step, target in zip((weight, scales), targets, strict=True):
             copy_from(0, step, target, run)
-        rescaling = replace(_facts(scales, (), (), targets[1].checksum(), 0.0), action="copy")
+        rescaling = replace(facts_for(scales, (), (), targets[1].checksum(), 0.0), action="copy")
     else:
-        retention = _quantise(weight, made.data.view(torch.float32).view(weight.m, weight.n), targets, options, run)
+        total = made.data.view(torch.float32).view(weight.m, weight.n)
+        retention = _quantise(weight, total, targets, way.options, run)
         outcome = tuple(replace(matrix, retention=retention) for matrix in outcome)
-        rescaling = _facts(scales, (), (), targets[1].checksum(), 0.0)
+        rescaling = facts_for(scales, (), (), targets[1].checksum(), 0.0)
     elapsed_s = time.perf_counter() - started
-    return [(_facts(weight, outcome, told, targets[0].checksum(), elapsed_s), targets[0]), (rescaling, targets[1])]
+    facts = facts_for(weight, outcome, work.told, targets[0].checksum(), elapsed_s)
+    return Written(use, facts, targets[0]), Written(Use(scales, way), rescaling, targets[1])
 
 
 def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Options, run: Run) -> float | None:
     """Write FP8 numbers and fresh scales of a float32 result; the share of the update that is left in them."""
     assert step.scaled is not None, "it is of FP8"
     (region,) = regions_of(step)
-    key = _setting(step, options, region).key
+    key = setting_of(step, options, region).key
     dtype, blocks = TORCH_DTYPES[step.aligned.dtype], step.scaled.blocks
     scale = fp8.fresh_scales(total, dtype, blocks, fp8.scales_of(step.scaled), run)
     q = torch.empty(total.shape, dtype=dtype)
@@ -101,129 +154,48 @@ def _quantise(step: Step, total: Tensor, targets: Sequence[Target], options: Opt
     return fp8.retention(step.aligned, step.scaled, total, q, scale, run)
 
 
-def _changed(step: Step, place: Callable[[Step], Target], options: Options, run: Run) -> tuple[TensorFacts, Target]:
-    """A tensor that an adapter changes; one that is "copied" is what base and adapter make, as all of aligned is."""
-    started = time.perf_counter()
-    target = place(step)
-    found = _by_factors(step, target, options, run, alone=step.action == "copy")
-    outcome: Outcome = ()
-    if isinstance(found, NotFinite):
-        _require_bad_base(step)
-        if step.action == "extrapolate":
-            outcome = _accepted(step, NotFinite("base holds NaN or Inf"), options)
-            target = place(step)
-            _by_factors(step, target, options, run, alone=True)
-    elif step.action == "extrapolate":
-        outcome = (found,)
-    return _facts(step, outcome, (), target.checksum(), time.perf_counter() - started), target
-
-
-def _require_bad_base(step: Step) -> None:
-    """What base holds may be written as it is; raises DataError where it is the sum that is no number."""
-    with mapped(step.aligned) as data:
-        w0 = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
-        if _finite(w0):
-            raise DataError(
-                f"{step.name}: base and the adapter's change together are beyond the range of "
-                f"{step.dtype or step.aligned.dtype}. Write a wider --dtype"
-            )
-
-
-def _finite(numbers: Tensor) -> bool:
-    """Whether all are, with a tile's worth of memory."""
-    return all(bool(some.isfinite().all()) for some in numbers.split(TILE_ELEMENTS))  # type: ignore[no-untyped-call]
-
-
-def _by_factors(step: Step, target: Target, options: Options, run: Run, *, alone: bool) -> MatrixFacts | NotFinite:
-    """Write base's tensor changed by its factors, and by nothing more where these stand `alone`."""
-    assert step.factors is not None, "planning gave it some"
-    (region,) = regions_of(step)
-    setting = _setting(step, options, region)
-
-    def emit(first: int, tile: Tensor) -> None:
-        target.write(first * tile.element_size(), as_bytes(tile))
-
-    with mapped(step.aligned) as data:
-        w0 = matrix_at(data, step.aligned.dtype, region)
-        try:
-            change = change_of(step.factors)
-        except NotFinite as problem:
-            raise DataError(f"{step.name}: {problem}; expected finite numbers. Save the adapter again") from problem
-        alpha = 0.0 if alone else setting.options.alpha
-        matrix = Matrix(w0, w0, setting, emit, rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
-        return _emitted(matrix, update_by(change, matrix, alpha=alpha, run=run), run)
-
-
-def _emitted(matrix: Matrix, facts: MatrixFacts | NotFinite, run: Run) -> MatrixFacts | NotFinite:
-    """The facts once all is emitted: W1 as it is where there was nothing to add."""
-    if isinstance(facts, MatrixFacts) and facts.method == "zero":
-        return emit_unchanged(matrix, run) or facts
-    return facts
-
-
-def _facts(step: Step, outcome: Outcome, told: Sequence[str], checksum: str, elapsed_s: float) -> TensorFacts:
-    action, reason = step.action, str(step.reason)
-    matrices: tuple[MatrixFacts, ...] = ()
-    notices: tuple[str, ...]
-    if isinstance(outcome, NotFinite):
-        done = "copied" if step.factors is None else "merged"
-        action, reason, notices = "copy", "not finite", (f"{step.name}: {done} and not extrapolated: {outcome}",)
-    else:
-        matrices, notices = outcome, _suspicions(step, outcome)
-        if matrices and all(matrix.method == "zero" for matrix in matrices):
-            action, reason = "copy", "identical"
-    return TensorFacts(
-        name=step.name,
-        action=action,
-        reason=reason,
-        n_bytes=output_bytes(step),
-        elapsed_s=elapsed_s,
-        checksum=checksum,
-        matrices=matrices,
-        notices=(*told, *notices),
-    )
-
-
 def _rows_left(step: Step) -> list[str]:
     """That a vocabulary grew, which rows base does not have, and whether these are numbers."""
     last = step.aligned.shape[0] - 1
-    notices = [f"{step.name}: rows {step.m} to {last} are copied, for base has {step.m}; the others are extrapolated"]
+    done = "have no update" if step.pairs else "are copied"
+    notices = [f"{step.name}: rows {step.m} to {last} {done}, for base has {step.m}; the others are extrapolated"]
     with contextlib.ExitStack() as maps:
         new = fp8.elements(step.aligned, step.scaled, maps)[covered(step) :]
-        if not _finite(new):
-            notices.append(f"{step.name}: NaN or Inf in rows {step.m} to {last}, which are copied as they are")
+        if not finite(new):
+            notices.append(f"{step.name}: NaN or Inf in rows {step.m} to {last}, which {done} as they are")
     return notices
 
 
-def _extrapolate(
-    steps: Sequence[Step],
-    targets: Sequence[Target],
-    options: Options,
-    run: Run,
-    cards: Cards | None,
-    told: Sequence[list[str]],
-) -> list[Outcome]:
-    """For each step the facts of its matrices, or what is not finite in it; notices go to its list in `told`."""
-    outcomes: list[Outcome] = [()] * len(steps)
+def _extrapolate(works: Sequence[_Work], run: Run, cards: Cards | None) -> None:
+    """Compute the matrices of these tensors into their sinks."""
+    steps = [work.step for work in works]
     with contextlib.ExitStack() as maps:
-        sources = [
-            _source(step, target, options, run, maps, notices)
-            for step, target, notices in zip(steps, targets, told, strict=True)
-        ]
-        for some in _batches(steps, options):
+        sources = [_source(work, run, maps) for work in works]
+        for some in _batches(steps, works[0].options):
+            matrices = [sources[i](region) for i, region in some]
             try:
-                found = _computed([sources[i](region) for i, region in some], run, cards)
+                found = _solved(matrices, run, cards)
             except LinAlgError as problem:  # of NaN that was not there in the pass that looks for it
                 raise DataError(
                     f"{listing(steps[i].name for i, _ in some)}: no singular values were found: {problem} Was an input "
                     "changed while it was read? Start again with --overwrite, with inputs that stay as they are"
                 ) from problem
-            for (i, _), facts in zip(some, found, strict=True):
-                before = outcomes[i]
-                if isinstance(before, NotFinite):
-                    continue
-                outcomes[i] = _accepted(steps[i], facts, options) if isinstance(facts, NotFinite) else (*before, facts)
-    return outcomes
+            for (i, region), matrix, outcomes in zip(some, matrices, found, strict=True):
+                _take(works[i], region, matrix, outcomes, run)
+
+
+def _take(work: _Work, region: Region, matrix: Matrix, outcomes: Sequence[Outcome], run: Run) -> None:
+    """What became of a matrix in each of the outputs; where there was nothing to add, W1 as it is."""
+    for i, outcome in zip(work.changing, outcomes, strict=True):
+        before, sink = work.found[i], work.sinks[i]
+        if isinstance(before, NotFinite):
+            continue
+        if isinstance(outcome, MatrixFacts) and outcome.method == "zero":
+            outcome = sink.unchanged(region, matrix, run) or outcome
+        if isinstance(outcome, NotFinite):
+            work.found[i] = accepted(work.step, outcome, sink.use.way.options)
+        else:
+            work.found[i] = (*before, outcome)
 
 
 def _batches(steps: Sequence[Step], options: Options) -> Iterator[list[tuple[int, Region]]]:
@@ -235,77 +207,34 @@ def _batches(steps: Sequence[Step], options: Options) -> Iterator[list[tuple[int
             yield some
 
 
-def _computed(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[MatrixFacts | NotFinite]:
+def _solved(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[tuple[Outcome, ...]]:
     """The facts of each, once the last of its bytes was emitted."""
     if cards is not None and len(matrices) == 1 and cards.takes(matrices[0]):
-        found = [cards.extrapolate(matrices[0], run)]
-    else:
-        found = extrapolate_matrices(matrices, run)
-    return [_emitted(matrix, facts, run) for matrix, facts in zip(matrices, found, strict=True)]
+        return [cards.extrapolate(matrices[0], run)]
+    return extrapolate_matrices(matrices, run)
 
 
-def _accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
-    """The problem, if such tensors are to be copied; else it is raised."""
-    if options.on_nonfinite == "copy":
-        return problem
-    copy = "Copy such tensors unchanged" if step.factors is None else "Merge such tensors and no more"
-    if isinstance(problem, OutOfRange) and step.dtype:
-        copy = "Write a wider --dtype; or, where aligned itself is within its range, copy such tensors"
-    raise DataError(
-        f"{step.name}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one with "
-        f"--skip '{step.name}'"
-    ) from problem
-
-
-def _source(
-    step: Step, target: Target, options: Options, run: Run, maps: contextlib.ExitStack, told: list[str]
-) -> Callable[[Region], Matrix]:
-    """Makes the matrices of a step, over maps that are left open in `maps`; their notices go to `told`."""
+def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Region], Matrix]:
+    """Makes the matrices of a tensor, over maps that are left open in `maps`."""
+    step, options = work.step, work.options
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     aligned = fp8.elements(step.aligned, step.scaled, maps, run)
     base = fp8.elements(step.base, step.base_scaled, maps, run)
-    assembly = Assembly(target)
     rounded_to = TORCH_DTYPES[step.dtype] if step.dtype else None
     judged_as = torch.bfloat16 if rescaled(step) else None  # finer than FP8
 
     def tell(notice: str) -> None:
-        told.append(f"{step.name}: {notice}")
+        work.told.append(f"{step.name}: {notice}")
 
     def matrix(region: Region) -> Matrix:
-        def emit(first: int, tile: Tensor) -> None:
-            if region.groups == 1:
-                target.write((region.start + region.first + first) * tile.element_size(), as_bytes(tile))
-            else:
-                assembly.add(region, first, tile)
-
         return Matrix(
             matrix_of(aligned, region),
             matrix_of(base, region),
-            _setting(step, options, region),
-            emit,
+            setting_of(step, options, region),
+            tuple(work.sinks[i].outlet(region) for i in work.changing),
             tell,
             rounded_to,
             judged_as,
         )
 
     return matrix
-
-
-def _setting(step: Step, options: Options, region: Region) -> Setting:
-    """Randomness comes from the tensor's name, so no order of work and no resume changes a bit."""
-    name = step.seed_name or step.name
-    options = options_for(name, options)
-    return Setting(
-        options=options,
-        rank=step.rank,
-        seed=xxhash.xxh3_64_intdigest(f"{name}\0{region.index}".encode("utf-8", "surrogatepass")) >> 1,
-        key=key_of(options.seed, name) if options.rounding == "stochastic" else None,
-        first=region.words,
-    )
-
-
-def _suspicions(step: Step, matrices: tuple[MatrixFacts, ...]) -> tuple[str, ...]:
-    worst = max((m.delta_norm / m.weight_norm for m in matrices if m.weight_norm > 0), default=0.0)
-    if worst <= SUSPICIOUS:
-        return ()
-    return (f"{step.name}: |delta| is {worst:.2f} of |W|; fine-tuning gives a few percent. Is this the right base?",)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lox_stream import fp8
+from lox_stream.adapters import Factors
 from lox_stream.checkpoint import TensorInfo
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
@@ -34,6 +35,7 @@ from lox_stream.workers import Workers
 
 SLACK = 0.002  # of the elements, and twice the predicted share
 PIECE_ELEMENTS = 1 << 20
+FACTOR_SLACK = 1e-3  # of the rank-k part, twice what the solver may leave for 16 bits; and rounding of the factors
 WIDE_SLACK = 1e-4  # of |update|, for float32 and float64: ten times what the solver aims at
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 BITS |= {torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
@@ -56,7 +58,7 @@ class Comparison:
     name: str  # with [index] in a stack
     shape: tuple[int, int]
     dtype: str
-    kind: str  # "rank-k" | "full rank" | "merged", by an adapter | "copy"
+    kind: str  # "rank-k" | "full rank" | "factors", of an adapter | "merged", by an adapter | "copy"
     elements: int
     same: int  # bit by bit
     predicted_share: float | None  # of elements that differ, as the manifest says
@@ -103,7 +105,7 @@ def compare(unit: Unit, options: Options) -> Comparison:
         name=unit.name,
         shape=unit.shape,
         dtype=unit.step.aligned.dtype,
-        kind="copy" if unit.copied else "merged" if unit.alone else "rank-k" if low_rank else "full rank",
+        kind=_kind(unit) or ("rank-k" if low_rank else "full rank"),
         elements=seen.elements,
         same=seen.same,
         predicted_share=unit.predicted_share,
@@ -113,6 +115,13 @@ def compare(unit: Unit, options: Options) -> Comparison:
         elapsed_s=time.perf_counter() - started,
         singular_values=seen.singular_values,
     )
+
+
+def _kind(unit: Unit) -> str:
+    """What a matrix is checked as, where that is not its update in the weights."""
+    if unit.factors is not None:
+        return "factors"
+    return "copy" if unit.copied else "merged" if unit.alone else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,8 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     options = options_for(step.seed_name or step.name, options)
     with contextlib.ExitStack() as maps:
         w1, w0 = _pair(step, region, maps)
+        if unit.factors is not None:
+            return _compare_factors(w1, w0, unit.factors, step, unique=unit.unique)
         out = matrix_of(fp8.elements(unit.out, unit.out_scaled, maps), region).clone()
     key = key_of(options.seed, step.seed_name or step.name) if options.rounding == "stochastic" else None
     if unit.alone:
@@ -173,6 +184,21 @@ def _compare_matrix(unit: Unit, options: Options) -> _Seen:
     else:
         ok = error is None or error <= WIDE_SLACK + eps * float(w1.double().norm()) / norm
     return _Seen(w1.numel(), same, ok, error, exact.singular_values)
+
+
+def _compare_factors(w1: Tensor, w0: Tensor, factors: Factors, step: Step, *, unique: bool) -> _Seen:
+    """The product of two factors against the rank-k part; where that is one of many, by what it leaves of delta."""
+    left, right = read_sides(factors)
+    product = factors.scaling * (left @ right)[: w1.shape[0]]
+    exact = recomputed(w1, w0, step.rank, 1.0)
+    norm = float(exact.update.norm())
+    error = float((product - exact.update).norm()) / norm if norm else None
+    slack = FACTOR_SLACK + torch.finfo(TORCH_DTYPES[factors.b.dtype]).eps
+    if unique:
+        ok = error is None or error <= slack
+    else:
+        ok = float((w1.double() - w0.double() - product).norm()) <= (1 + slack) * exact.rest + slack * norm
+    return _Seen(w1.numel(), w1.numel() if ok else 0, ok, error, exact.singular_values)
 
 
 def _compare_merged(w1: Tensor, w0: Tensor, out: Tensor, right: Tensor) -> _Seen:

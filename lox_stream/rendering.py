@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lox_stream.matching import output_bytes
-from lox_stream.names import pattern_of, printable
+from lox_stream.names import listing, pattern_of, printable
 from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
 from lox_stream.predicting import Prediction
@@ -24,6 +25,7 @@ from lox_stream.showing import budget_text, counted, size_text, time_text
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
+    from lox_stream.carrying import LeftOut
     from lox_stream.comparing import Measured
     from lox_stream.inspecting import Inspection
     from lox_stream.recomputing import Comparison
@@ -115,9 +117,9 @@ def _why(step: Step, options: Options) -> str:
 
 
 def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
-    changed = [step for step in plan.steps if step.action == "extrapolate"]
-    copied = [step for step in plan.steps if step.action == "copy"]
-    rescaled = [step for step in plan.steps if step.action == "rescale"]
+    changed, copied, rescaled, merged = (
+        [step for step in plan.steps if step.action == action] for action in ("extrapolate", "copy", "rescale", "merge")
+    )
     rank = f"rank {plan.options.rank}" if plan.options.rank else "full rank"
     rules = f", but for {counted(len(plan.options.recipe), 'rule')}" if plan.options.recipe else ""
     rows: list[tuple[str, object]] = [
@@ -125,10 +127,14 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
         ("aligned", plan.aligned.root),
         *([("adapter", _adapter_text(plan.steps))] if plan.aligned.overlay else []),
         ("out", plan.out),
-        (
-            "extrapolate",
-            f"{counted(len(changed), 'tensor')}, {_size(changed)}, {rank}, alpha {plan.options.alpha:g}{rules}",
-        ),
+        *([("merge", f"{counted(len(merged), 'tensor')}, {_size(merged)}")] if merged else []),
+    ]
+    if changed or not merged:
+        text = f"{counted(len(changed), 'tensor')}, {_size(changed)}, {rank}, alpha {plan.options.alpha:g}{rules}"
+        rows.append(("extrapolate", text))
+    if plan.options.form != "weights":
+        return [*rows, *_adapter_rows(plan)]
+    rows += [
         (
             "copy",
             f"{counted(len(copied), 'tensor')}, {_size(copied)}, {counted(len(plan.aligned.companions), 'other file')}",
@@ -140,6 +146,22 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
         needed = budget_text(memory_needed(most, plan.options))
         rows.append(("memory", f"{needed} for {most.name}, of a budget of {budget_text(plan.options.memory_bytes)}"))
     return rows
+
+
+def _adapter_rows(plan: Plan) -> list[tuple[str, object]]:
+    """What an adapter holds, and what it cannot."""
+    pairs = [pair for step in plan.steps for pair in step.pairs]
+    factors = f"{counted(len(pairs), 'module')}, rank {pairs[0].rank}, {pairs[0].b.dtype}, {_size(plan.steps)}"
+    return [("factors", factors), *[("left out", line) for line in _left_out(plan.left_out)]]
+
+
+def _left_out(left: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason, with the names that it is for."""
+    reasons = dict.fromkeys(one.reason for one in left)
+    return [
+        f"{listing(dict.fromkeys(pattern_of(one.name) for one in left if one.reason == reason))}: {reason}"
+        for reason in reasons
+    ]
 
 
 def _adapter_text(steps: Sequence[Step]) -> str:
@@ -172,6 +194,43 @@ def _size(steps: Sequence[Step]) -> str:
     return size_text(sum(map(output_bytes, steps)))
 
 
+def outputs_table(plans: Sequence[Plan], summaries: Sequence[Summary]) -> Group:
+    """What a run of several outputs did, one a line."""
+    rows = [
+        (
+            summary.out,
+            "weights" if plan.options.form == "weights" else "adapter",
+            f"{plan.options.alpha:g}",
+            summary.totals.extrapolated,
+            percent(summary.totals.retention),
+            percent(summary.totals.predicted_share, 4),
+            size_text(summary.written_bytes),
+        )
+        for plan, summary in zip(plans, summaries, strict=True)
+    ]
+    columns = ("output", "of", "alpha", "extrapolated", "retention", "worst predicted", "written")
+    elapsed_s = max(summary.elapsed_s for summary in summaries)
+    return table_of(f"Done in {time_text(elapsed_s)}", columns, rows, right=range(2, 7))
+
+
+def adapter_summary(plan: Plan, summary: Summary) -> Group:
+    """What was written as an adapter, what was not, and the next command to type."""
+    total = summary.totals
+    rows: list[tuple[str, object]] = [
+        ("adapter", summary.out),
+        ("time", time_text(summary.elapsed_s)),
+        *_adapter_rows(plan),
+        ("energy captured", f"{percent(total.energy)} of |delta|^2 of these lies in the leading singular triplets"),
+        ("load", f"PeftModel.from_pretrained(model, {str(summary.out)!r})"),
+        ("merge", _command("lox-stream apply --adapter", summary.out, "--aligned", plan.aligned.root, "--out DIR")),
+    ]
+    return pairs_table("Done", [row for row in rows if row[0] != "energy captured" or total.energy is not None])
+
+
+def _command(*words: object) -> str:
+    return " ".join(shlex.quote(str(word)) if isinstance(word, Path) else str(word) for word in words)
+
+
 def summary_table(summary: Summary, *, kept: bool = True) -> Group:
     """What a run did; where the output is `kept` also where, and the next command to type."""
     total = summary.totals
@@ -184,6 +243,7 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
             f"{size_text(moved / max(summary.elapsed_s, 1e-9))}/s, {size_text(summary.read_bytes)} read and "
             f"{size_text(summary.written_bytes)} written",
         ),
+        *([("merged", f"{total.merged} of {total.tensors} tensors, by an adapter")] if total.merged else []),
         ("extrapolated", f"{total.extrapolated} of {total.tensors} tensors, {size_text(total.n_bytes)} in all"),
         (
             "copied",
@@ -200,6 +260,8 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
     ]
     shown = {"energy captured": total.energy, "retention": total.retention, "worst predicted": total.predicted_share}
     rows = [row for row in rows if shown.get(row[0], 0) is not None and (kept or row[0] not in ("output", "next"))]
+    if total.merged and not total.extrapolated:
+        rows = [row for row in rows if row[0] != "extrapolated"]
     return pairs_table("Done", rows)
 
 

@@ -73,7 +73,7 @@ def _rewritten(model: Checkpoint, dtypes: Mapping[str, str], max_shard_bytes: in
         names = _names(stem, len(groups))
         first = shards[0]
         shards = tuple(replace(first, tensors=tuple(infos[group])) for group in groups)
-    laid = tuple(_laid_out(shard, name, model.prefix) for shard, name in zip(shards, names, strict=True))
+    laid = tuple(laid_out(shard, name, model.prefix) for shard, name in zip(shards, names, strict=True))
     index_name = f"{stem}{INDEX_SUFFIX}" if len(laid) > 1 else None
     index = (
         None
@@ -126,7 +126,7 @@ def _names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}{ENDING}" for i in range(1, count + 1)]
 
 
-def _laid_out(shard: Shard, name: str, prefix: str) -> Shard:
+def laid_out(shard: Shard, name: str, prefix: str) -> Shard:
     """The shard as a file of its own: a new header, the widest dtypes first, as safetensors itself sorts them."""
     entries: dict[str, dict[str, Any]] = {}
     at = 0

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lox_stream.adapters import Factors
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, open_checkpoint
 from lox_stream.costs import EXACT_FLOPS, exact_bytes, exact_flops
 from lox_stream.errors import CheckpointError, OptionError, OutputError
@@ -21,6 +22,7 @@ from lox_stream.options import Options, check_options, from_json
 from lox_stream.planning import Plan, plan
 from lox_stream.regions import Region, matrix_count, regions_of
 from lox_stream.scales import Scaled, scaled_weights
+from lox_stream.shards import read_shard
 from lox_stream.verifying import folder_of
 
 COPY_BPS = 1e9
@@ -38,6 +40,7 @@ class Unit:
     unique: bool  # whether the rank-k part is
     out_scaled: Scaled | None = None  # of an output of FP8
     alone: bool = False  # what an adapter makes of base, with no extrapolation
+    factors: Factors | None = None  # of an output that is an adapter: where its two lie
 
     @property
     def copied(self) -> bool:
@@ -92,7 +95,10 @@ def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Op
     """The options of a finished run and every matrix of its output; errors as for `choose_sample`."""
     folder = folder_of(out)
     made = planned_again(folder, base, aligned)
-    return made.options, list(_units(made, open_checkpoint(out), read_manifest(folder)["tensors"], folder))
+    rows = read_manifest(folder)["tensors"]
+    if made.options.form != "weights":
+        return made.options, list(_pairs(made, rows, folder))
+    return made.options, list(_units(made, open_checkpoint(out), rows, folder))
 
 
 def planned_again(folder: Path, base: str | Path, aligned: str | Path) -> Plan:
@@ -160,6 +166,25 @@ def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> I
         for region, matrix in zip(regions_of(step), facts, strict=True):
             share = matrix.get("predicted_share")
             yield Unit(step, written, region, share, matrix.get("unique") is not False, scaled.get(step.name))
+
+
+def _pairs(made: Plan, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:
+    """The matrices of which an adapter holds factors; not those that are zero."""
+    written = {info.name: info for info in read_shard(folder / made.written.shards[0].name).tensors}
+    for step in made.steps:
+        pair, (region,) = step.pairs[0], regions_of(step)
+        row, a, b = rows.get(pair.b.name), written.get(pair.a.name), written.get(pair.b.name)
+        if not isinstance(row, dict) or a is None or b is None or (a.shape, b.shape) != (pair.a.shape, pair.b.shape):
+            raise OutputError(f"{folder}: {printable(step.name)}: manifest, adapter and aligned do not agree. {AGAIN}")
+        if row.get("action") == "extrapolate":
+            factors = Factors(a, b, pair.rank, 1 / pair.fold, pair.turned)
+            yield Unit(step, b, region, None, _only(row).get("unique") is not False, factors=factors)
+
+
+def _only(row: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a row's one matrix."""
+    facts = row.get("matrices")
+    return facts[0] if isinstance(facts, list) and facts and isinstance(facts[0], dict) else {}
 
 
 def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:

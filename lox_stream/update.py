@@ -16,7 +16,7 @@ from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import GPUKernels, fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
 from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two, upload
-from lox_stream.options import Options
+from lox_stream.options import Options, alpha_solved_for
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
 SAMPLED_RUNS, SAMPLED_RUN = 128, 64  # of consecutive elements
@@ -31,7 +31,10 @@ ROUNDED = (torch.bfloat16, torch.float16)  # outputs whose elements are compared
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 Emit = Callable[[int, Tensor], None]  # emit(index of the tile's first element in the matrix, tile)
+Take = Callable[[Tensor, Tensor], None]  # take(B (m, r), A (r, n)): the rank-k part of delta is B A
 Block = Callable[[slice, slice, Tensor, int], Retained]  # block(rows, columns, out, index in the tensor of the first)
+Outcome = MatrixFacts | NotFinite
+Outcomes = tuple[Outcome, ...]  # of a matrix: one for each of its outlets
 
 
 class Sample:
@@ -104,13 +107,22 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where one result of a matrix goes: tiles of W1 + alpha * B A into `emit`, or B and A themselves into `take`."""
+
+    alpha: float
+    emit: Emit = lambda first, tile: None
+    take: Take | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix to extrapolate: its weights (m, n), how, and where its tiles go."""
+    """One matrix to extrapolate: its weights (m, n), how, and where its results go."""
 
     w1: Tensor
     w0: Tensor
     setting: Setting
-    emit: Emit
+    outlets: tuple[Outlet, ...]
     tell: Callable[[str], None] = lambda notice: None  # a person, of something that went otherwise than planned
     rounded_to: torch.dtype | None = None  # what the tiles are; None: the dtype of W1
     judged_as: torch.dtype | None = None  # the grid that the accuracy is for; None: that of the tiles
@@ -132,14 +144,17 @@ def extrapolate_matrix(w1: Tensor, w0: Tensor, setting: Setting, emit: Emit, run
     If delta is zero nothing is emitted (`method="zero"`): the output is W1. Raises NotFinite, before anything is
     emitted where the solver finds it, and after it where only the result overflows the dtype.
     """
-    (outcome,) = extrapolate_matrices([Matrix(w1, w0, setting, emit)], run)
+    ((outcome,),) = extrapolate_matrices([Matrix(w1, w0, setting, (Outlet(setting.options.alpha, emit),))], run)
     if isinstance(outcome, NotFinite):
         raise outcome
     return outcome
 
 
-def extrapolate_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | NotFinite]:
-    """`extrapolate_matrix` of several of one shape and rank, solved together; each has the bits that it has alone."""
+def extrapolate_matrices(matrices: Sequence[Matrix], run: Run) -> list[Outcomes]:
+    """`extrapolate_matrix` of several of one shape and rank, solved together; each has the bits that it has alone.
+
+    Of each the facts, or what is not finite, for all of its outlets.
+    """
     ready = solve_matrices(matrices, run)
     finished = iter(_finish([one for one in ready if isinstance(one, Solved)], run))
     return [next(finished) if isinstance(one, Solved) else one for one in ready]
@@ -157,7 +172,7 @@ def _rooms(matrices: Sequence[Matrix]) -> Sequence[Tensor | None]:
     return list(scratch(KEPT_SLOT, torch.Size((len(matrices), *shape)), torch.float32))
 
 
-def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | NotFinite | Solved]:
+def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[Outcomes | Solved]:
     """The first half: the factors of each, or the facts of those that have none and are done."""
     begun = [_begin(matrix, run, room) for matrix, room in zip(matrices, _rooms(matrices), strict=True)]
     try:
@@ -165,24 +180,29 @@ def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[MatrixFacts | N
     except NotFinite as problem:
         if len(matrices) > 1:
             return [solve_matrices([matrix], run)[0] for matrix in matrices]
-        return [problem]
+        return [alike(matrices[0], problem)]
     return [next(solved) if isinstance(one, _Unsolved) else one for one in begun]
 
 
-def begin_away(matrix: Matrix, run: Run) -> MatrixFacts | Sample:
+def begin_away(matrix: Matrix, run: Run) -> Outcomes | Sample:
     """Of a matrix that is to be solved on a GPU: its facts where delta is zero, else what the solver has to know."""
     sample = Sample(matrix.w1, matrix.w0, matrix.grid)
     identical = not sample.delta_rms > 0.0 and _identical(matrix.w1, matrix.w0, run)
-    return _zero(sample) if identical else sample
+    return alike(matrix, _zero(sample)) if identical else sample
 
 
-def solve_away(matrix: Matrix, sample: Sample, op: Delta) -> MatrixFacts | NotFinite | Solved:
+def solve_away(matrix: Matrix, sample: Sample, op: Delta) -> Outcomes | Solved:
     """`solve_matrices` of one whose products are taken on a GPU, by the randomized solver."""
     try:
         (solved,) = _solve([_Unsolved(matrix, sample, op)])
     except NotFinite as problem:
-        return problem.with_traceback(None)  # which would keep the copies
-    return solved if len(solved.found.s) else _zero(sample, solved.found.passes)
+        return alike(matrix, problem.with_traceback(None))  # which would keep the copies
+    return solved if len(solved.found.s) else alike(matrix, _zero(sample, solved.found.passes))
+
+
+def alike(matrix: Matrix, outcome: Outcome) -> Outcomes:
+    """What is the same for all outlets of a matrix."""
+    return (outcome,) * len(matrix.outlets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +221,13 @@ def _enough(matrix: Matrix, sample: Sample, scale: float, error: float, part: fl
         return error <= WIDE_TOLERANCE * part
     if error > RELATIVE_CAP * part:
         return False
-    return _share(matrix, sample, scale, error, part) <= matrix.setting.options.tolerance
+    options = matrix.setting.options
+    return _share(matrix, sample, scale, error, part, alpha_solved_for(options)) <= options.tolerance
 
 
-def _share(matrix: Matrix, sample: Sample, scale: float, error: float, part: float) -> float:
+def _share(matrix: Matrix, sample: Sample, scale: float, error: float, part: float, alpha: float) -> float:
     """Predicted share of output elements that differ, from norms of delta * scale's rank-k part and its error."""
-    per_element = abs(matrix.setting.options.alpha) / scale / math.sqrt(matrix.w1.numel())
+    per_element = abs(alpha) / scale / math.sqrt(matrix.w1.numel())
     return sample.share(error * per_element, part * per_element)
 
 
@@ -225,21 +246,20 @@ class Solved:
         """Its Frobenius norm, of delta * scale."""
         return math.sqrt(float(self.found.s.double().square().sum()))
 
-    @property
-    def predicted_share(self) -> float | None:
+    def predicted_share(self, alpha: float) -> float | None:
         """Of output elements that differ from the exact result; None for wide outputs."""
         if self.matrix.grid not in ROUNDED:
             return None
-        return _share(self.matrix, self.sample, self.scale, self.found.error, self.part)
+        return _share(self.matrix, self.sample, self.scale, self.found.error, self.part, alpha)
 
 
-def _begin(matrix: Matrix, run: Run, room: Tensor | None) -> MatrixFacts | NotFinite | Solved | _Unsolved:
+def _begin(matrix: Matrix, run: Run, room: Tensor | None) -> Outcomes | Solved | _Unsolved:
     """What is done at once, or the operator to solve."""
     w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
     sample = Sample(w1, w0, matrix.grid)
     try:
         if not sample.delta_rms > 0.0 and _identical(w1, w0, run):
-            return _zero(sample)
+            return alike(matrix, _zero(sample))
         if setting.rank == 0 or setting.rank >= min(w1.shape):
             return _full_rank(matrix, sample, run)
         if setting.options.svd == "exact":
@@ -248,7 +268,7 @@ def _begin(matrix: Matrix, run: Run, room: Tensor | None) -> MatrixFacts | NotFi
             return _by_gram(matrix, sample, KeptDelta(w1, w0, run, rms=sample.delta_rms, room=room))
         return _Unsolved(matrix, sample, operator(w1, w0, run, rms=sample.delta_rms, room=room))
     except NotFinite as problem:
-        return problem
+        return alike(matrix, problem)
 
 
 def _exactly(matrix: Matrix, sample: Sample, scale: float) -> Solved:
@@ -293,11 +313,26 @@ def _solve(unsolved: Sequence[_Unsolved]) -> list[Solved]:
     ]
 
 
-def _finish(solved: Sequence[Solved], run: Run) -> list[MatrixFacts | NotFinite]:
+def _finish(solved: Sequence[Solved], run: Run) -> list[Outcomes]:
     """Emit the updates of those that have one."""
-    real = [one for one in solved if len(one.found.s)]
-    kept = iter(emit_tiles([one.matrix for one in real], [_update_of(one) for one in real], run))
-    return [_facts_of(one, next(kept)) if len(one.found.s) else _zero(one.sample, one.found.passes) for one in solved]
+    tiles: list[Tiles] = []
+    for one in solved:
+        if not len(one.found.s):
+            continue
+        b, a = factors_of(one, torch.float64 if one.matrix.w1.dtype == torch.float64 else torch.float32)
+        for outlet in one.matrix.outlets:
+            if outlet.take is None:
+                block = lowrank_block(one.matrix, b, a, outlet.alpha)
+                tiles.append(Tiles(one.matrix, outlet.emit, block))
+            else:
+                outlet.take(b, a)
+    kept = iter(emit_tiles(tiles, run))
+    return [
+        tuple(facts_of(one, outlet, None if outlet.take else next(kept)) for outlet in one.matrix.outlets)
+        if len(one.found.s)
+        else alike(one.matrix, _zero(one.sample, one.found.passes))
+        for one in solved
+    ]
 
 
 def _zero(sample: Sample, passes: int = 0) -> MatrixFacts:
@@ -305,41 +340,44 @@ def _zero(sample: Sample, passes: int = 0) -> MatrixFacts:
     return MatrixFacts(0.0, sample.weight_norm, 0.0, None, "zero", passes=passes)
 
 
-def _update_of(one: Solved) -> Block:
-    """Computes a block of W1 + alpha * U diag(S) Vh."""
-    w1, setting = one.matrix.w1, one.matrix.setting
-    us, vh = _factors(one, torch.float64 if w1.dtype == torch.float64 else torch.float32)
+def lowrank_block(matrix: Matrix, b: Tensor, a: Tensor, alpha: float) -> Block:
+    """Computes a block of W1 + (alpha B) A: the factors are the same, whoever stored them in between."""
+    w1, setting, us = matrix.w1, matrix.setting, times(b, alpha)
 
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
-        return lowrank_update(w1[band, part], us[band], vh[:, part], out, key=setting.key, first=first)
+        return lowrank_update(w1[band, part], us[band], a[:, part], out, key=setting.key, first=first)
 
     return block
 
 
-def _factors(one: Solved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """alpha * U diag(S) and Vh, where U and Vh lie."""
+def factors_of(one: Solved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """B = U sqrt(S) (m, r) and A = sqrt(S) Vh (r, n), where U and Vh lie: B A is the rank-k part of delta."""
     found = one.found
-    s = found.s.double() * (one.matrix.setting.options.alpha / one.scale)
-    return (found.u.double() * upload(s, found.u.device)).to(dtype), found.vh.to(dtype)
+    root = upload((found.s.double() / one.scale).sqrt(), found.u.device)
+    return (found.u.double() * root).to(dtype), (root[:, None] * found.vh.double()).to(dtype)
+
+
+def times(b: Tensor, alpha: float) -> Tensor:
+    """alpha * B, rounded once."""
+    return (b.double() * alpha).to(b.dtype)
 
 
 class UpdateAway:
-    """W1 + alpha * U diag(S) Vh of a matrix on a GPU, some rows at a time, in place of W1.
+    """W1 + (alpha B) A of a matrix on a GPU, some rows at a time, in place of W1.
 
     `sums` (3,) float64 on the GPU add up what `GPUKernels.lowrank_update` tells of the rows.
     """
 
-    def __init__(self, one: Solved, kernels: GPUKernels) -> None:
-        us, vh = _factors(one, torch.float32)
-        self._us, self._vh = us.contiguous(), vh.contiguous()
-        self._one, self._kernels = one, kernels
-        self.sums = torch.zeros(3, dtype=torch.float64, device=us.device)
+    def __init__(self, one: Solved, b: Tensor, a: Tensor, outlet: Outlet, kernels: GPUKernels) -> None:
+        self._us, self._vh = times(b, outlet.alpha).contiguous(), a.contiguous()
+        self._one, self._outlet, self._kernels = one, outlet, kernels
+        self.sums = torch.zeros(3, dtype=torch.float64, device=b.device)
 
     def of(self, rows: slice, w1: Tensor) -> Callable[[], None]:
         """Updates these rows, of which the weight is `w1`."""
         one, setting = self._one, self._one.matrix.setting
         m, n = one.matrix.w1.shape
-        rms = abs(setting.options.alpha) * one.part / one.scale / math.sqrt(m * n)
+        rms = abs(self._outlet.alpha) * one.part / one.scale / math.sqrt(m * n)
         first, unit = setting.first + rows.start * n, power_of_two(rms, FLOAT32_SCALE)
 
         def work() -> None:
@@ -353,17 +391,23 @@ class UpdateAway:
     def facts(self, sums: Sequence[float]) -> MatrixFacts | NotFinite:
         """Of the matrix, once `sums` were fetched."""
         dot, square, bad = sums
-        return _facts_of(self._one, Retained(dot, square, bad == 0))
+        return facts_of(self._one, self._outlet, Retained(dot, square, bad == 0))
 
 
-def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
-    w1, w0, setting = matrix.w1, matrix.w0, matrix.setting
-    alpha = setting.options.alpha
+def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> Outcomes:
+    return tuple(_full_rank_into(outlet, matrix, sample, run) for outlet in matrix.outlets)
+
+
+def _full_rank_into(outlet: Outlet, matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
+    w1, w0, alpha = matrix.w1, matrix.w0, outlet.alpha
+    if outlet.take is not None:
+        norm = _take_delta(outlet.take, w1, w0)
+        return MatrixFacts(norm, sample.weight_norm, abs(alpha) * norm, None, "full rank", energy=1.0)
 
     def block(band: slice, part: slice, out: Tensor, first: int) -> Retained:
-        return fullrank_update(w1[band, part], w0[band, part], alpha, out, key=setting.key, first=first)
+        return fullrank_update(w1[band, part], w0[band, part], alpha, out, key=matrix.setting.key, first=first)
 
-    (kept,) = emit_tiles([matrix], [block], run)
+    (kept,) = emit_tiles([Tiles(matrix, outlet.emit, block)], run)
     if not kept.finite:
         raise NotFinite(first_not_finite(w1, w0))
     norm = math.sqrt(kept.square)
@@ -377,28 +421,51 @@ def _full_rank(matrix: Matrix, sample: Sample, run: Run) -> MatrixFacts:
     )
 
 
-def emit_tiles(matrices: Sequence[Matrix], blocks: Sequence[Block], run: Run) -> list[Retained]:
-    """Compute the outputs of matrices of one shape in tiles of consecutive elements, and emit each; sums in order."""
-    if not matrices:
+def _take_delta(take: Take, w1: Tensor, w0: Tensor) -> float:
+    """Delta itself as the product of two factors, one of which is the identity: its numbers stay those that they are.
+
+    Returns its norm; raises NotFinite.
+    """
+    wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
+    delta = w1.to(wide) - w0.to(wide)
+    if not bool(delta.isfinite().all()):
+        raise NotFinite(first_not_finite(w1, w0))
+    identity = torch.eye(min(delta.shape), dtype=wide)
+    take(*((identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)))
+    return _norm(delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """An output of a matrix that is to be computed."""
+
+    matrix: Matrix
+    emit: Emit
+    block: Block
+
+
+def emit_tiles(outputs: Sequence[Tiles], run: Run) -> list[Retained]:
+    """Compute outputs of matrices of one shape in tiles of consecutive elements, and emit each; sums in order."""
+    if not outputs:
         return []
-    m, n = matrices[0].w1.shape
+    m, n = outputs[0].matrix.w1.shape
     columns = min(n, TILE_ELEMENTS)
     rows = max(1, TILE_ELEMENTS // columns)
     parts = -(-n // columns)
     count = -(-m // rows) * parts
-    kept = [[Retained(0.0, 0.0)] * count for _ in matrices]
+    kept = [[Retained(0.0, 0.0)] * count for _ in outputs]
 
     def task(i: int) -> None:
         which, tile = divmod(i, count)
         top, left = (tile // parts) * rows, (tile % parts) * columns
         band, part = slice(top, min(top + rows, m)), slice(left, min(left + columns, n))
-        matrix = matrices[which]
-        out = scratch(OUT_SLOT, torch.Size((band.stop - band.start, part.stop - part.start)), matrix.dtype)
+        output = outputs[which]
+        out = scratch(OUT_SLOT, torch.Size((band.stop - band.start, part.stop - part.start)), output.matrix.dtype)
         first = top * n + left
-        kept[which][tile] = blocks[which](band, part, out, matrix.setting.first + first)
-        matrix.emit(first, out)
+        kept[which][tile] = output.block(band, part, out, output.matrix.setting.first + first)
+        output.emit(first, out)
 
-    run(task, len(matrices) * count)
+    run(task, len(outputs) * count)
     return [Retained(sum(k.dot for k in of), sum(k.square for k in of), all(k.finite for k in of)) for of in kept]
 
 
@@ -415,10 +482,10 @@ def _identical(w1: Tensor, w0: Tensor, run: Run) -> bool:
     return all(same)
 
 
-def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
-    """Of a matrix whose update was rounded; NotFinite where that left the range of its dtype."""
+def facts_of(one: Solved, outlet: Outlet, kept: Retained | None) -> Outcome:
+    """Of a matrix whose update was rounded, or not at all; NotFinite where that left the range of its dtype."""
     found, scale = one.found, one.scale
-    if not kept.finite:
+    if kept is not None and not kept.finite:
         dtype = str(one.matrix.dtype).removeprefix("torch.")
         return OutOfRange(f"the extrapolated weight is beyond the range of {dtype}")
     squares = float(found.s.double().square().sum())
@@ -426,8 +493,8 @@ def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
     return MatrixFacts(
         delta_norm=math.sqrt(found.squared_norm) / scale,
         weight_norm=one.sample.weight_norm,
-        update_norm=abs(one.matrix.setting.options.alpha) * (part / scale),
-        retention=kept.retention,
+        update_norm=abs(outlet.alpha) * (part / scale),
+        retention=None if kept is None else kept.retention,
         method=one.method,
         singular_values=tuple(s / scale for s in found.s.tolist()),
         radius=tuple(r / scale for r in found.radius),
@@ -437,6 +504,6 @@ def _facts_of(one: Solved, kept: Retained) -> MatrixFacts | NotFinite:
         gap=found.gap,
         unique=found.unique,
         predicted_error=found.error / part,
-        predicted_share=one.predicted_share,
+        predicted_share=one.predicted_share(outlet.alpha),
         converged=found.converged,
     )

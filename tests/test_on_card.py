@@ -19,8 +19,9 @@ from lox_stream.costs import bytes_on_card, part_rows
 from lox_stream.device import indices, usable_bytes
 from lox_stream.errors import Cancelled, DataError, DeviceError
 from lox_stream.kernels import by_torch
-from lox_stream.pipeline import Finished, compute
+from lox_stream.pipeline import Finished, compute, compute_all
 from lox_stream.planning import too_large
+from lox_stream.sinks import Way
 from lox_stream.synthetic import write_pair
 
 # not imported yet: tests/test_gpu_kernels.py decides first whether kernels are interpreted
@@ -37,9 +38,9 @@ SHAPES = {
 MUTATIONS = [  # the module, what is right, what is wrong
     (lending, "busy.wait()\n            yield", "pass\n            yield"),
     (on_card, "compute.wait_for(resident.ready)", "pass"),
-    (on_card, "moves.back.wait_for(compute.record())\n            outcome", "outcome"),
-    (on_card, "moves.back.wait_for(compute.record())\n                        moves", "moves"),
-    (on_card, "block.start * w1.shape[1]", "block.start"),
+    (on_card, "moves.back.wait_for(compute.record())\n        outcome", "outcome"),
+    (on_card, "moves.back.wait_for(compute.record())\n                moves", "moves"),
+    (on_card, "block.start * columns", "block.start"),
     (blocks, "slot.busy = self.into.record()", "pass"),
     (blocks, "slot.busy.wait()\n            found", "found"),
     (blocks, "slot.busy.wait()\n                emit", "emit"),
@@ -209,6 +210,39 @@ def test_a_wait_or_a_copy_that_is_missing_shows(module, right, wrong, pair, expe
         except (DataError, AssertionError, RuntimeError, ValueError):
             same = False
     assert same == (right == wrong)
+
+
+RIGHT_AGAIN = [
+    (on_card, "", ""),
+    (on_card, "resident.restore(w1, run)", "pass"),
+    (on_card, "run)\n                        compute.wait_for(resident.ready)", "run)"),
+    (blocks, "self.ready, self.used = self._moves.into.record(), False", "self.used = False"),
+]
+
+
+@pytest.mark.parametrize("memory", [MEMORY, IN_BLOCKS])
+@pytest.mark.parametrize(("module", "right", "wrong"), RIGHT_AGAIN, ids=lambda value: str(value)[:30])
+def test_several_outputs_are_those_that_each_has_alone(
+    module, right, wrong, memory, pair, expected, monkeypatch, tmp_path
+):
+    """From one solve: W1 is copied to the card again for each, for the output lies in its place."""
+    if right and memory == IN_BLOCKS:
+        pytest.skip("where the weights go through in blocks, each walk brings them anew")
+    mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
+    given = on_card.Cards([one(memory=memory, module=mutant)])
+    monkeypatch.setattr("lox_stream.pipeline.cards_of", lambda options: given)
+    ways = []
+    for alpha in (0.5, 2.0, 1.25):
+        options = Options(device="cuda", threads=4, alpha=alpha, solved_for=1.25)
+        ways.append(Way({step.name: step for step in plan(*pair, options=options).steps}, options, Kept))
+    finished = [event for event in compute_all(ways) if isinstance(event, Finished)]
+    several = [
+        {event.step.name: bytes(event.target.data) for event in finished if event.way == number} for number in range(3)
+    ]
+    assert (several[2] == expected) == (right == wrong)
+    if right == wrong:
+        assert several[0] != several[1] != several[2]
+        assert [event.way for event in finished if event.step.name == "model.a.weight"] == [0, 1, 2]
 
 
 def test_a_card_that_is_short_of_memory_takes_one_at_a_time(pair, expected, monkeypatch):

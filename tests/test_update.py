@@ -17,7 +17,7 @@ from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import in_order
 from lox_stream.options import Options
 from lox_stream.synthetic import matrix, pair_of, power_law
-from lox_stream.update import Matrix, Sample, Setting, extrapolate_matrices, extrapolate_matrix
+from lox_stream.update import Matrix, Outlet, Sample, Setting, extrapolate_matrices, extrapolate_matrix
 
 SPEC = importlib.util.spec_from_file_location("lox_oracle", Path(__file__).parents[1] / "benchmarks" / "oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
@@ -222,10 +222,10 @@ def test_matrices_have_the_bits_that_they_have_alone(shape, dtype):
         out[first : first + tile.numel()] = tile.reshape(-1)
 
     matrices = [
-        Matrix(w1, w0, Setting(Options(), 6, seed), functools.partial(emit, out=out))
+        Matrix(w1, w0, Setting(Options(), 6, seed), (Outlet(1.25, functools.partial(emit, out=out)),))
         for seed, ((w0, w1), out) in enumerate(zip(pairs, outs, strict=True))
     ]
-    outcomes = extrapolate_matrices(matrices, in_order)
+    outcomes = [outcome for (outcome,) in extrapolate_matrices(matrices, in_order)]
     assert outcomes[1].method == "zero"
     assert isinstance(outcomes[3], NotFinite)
     assert "aligned has nan at [2, 3]" in str(outcomes[3])
@@ -310,7 +310,8 @@ def test_a_solve_sees_a_stop_at_its_next_product(shape):
         in_order(task, count)
 
     setting = Setting(Options(), rank=6, seed=1)
-    matrices = [Matrix(w1, w0, setting, lambda first, tile: pytest.fail("emitted")) for _ in range(3)]
+    outlet = Outlet(1.25, lambda first, tile: pytest.fail("emitted"))
+    matrices = [Matrix(w1, w0, setting, (outlet,)) for _ in range(3)]
     with pytest.raises(Cancelled):
         extrapolate_matrices(matrices, run)
     assert len(loops) == 5

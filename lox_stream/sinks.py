@@ -1,0 +1,179 @@
+"""Where the results of a step go: tiles into the tensor of the output, or the factors of its update into an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lox_stream.adapters import Pair
+from lox_stream.assembling import Assembly
+from lox_stream.checkpoint import TensorInfo
+from lox_stream.copying import Target, as_bytes, copy_from, emit_unchanged
+from lox_stream.delta import NotFinite
+from lox_stream.errors import DataError
+from lox_stream.facts import TensorFacts
+from lox_stream.kernels.cpu import Run
+from lox_stream.matching import Step, covered
+from lox_stream.options import Options, options_for
+from lox_stream.outcomes import Found, facts_for
+from lox_stream.reader import TORCH_DTYPES
+from lox_stream.regions import Region
+from lox_stream.update import Matrix, Outlet
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One output of a run: what becomes of each tensor there, and where that goes."""
+
+    steps: Mapping[str, Step]  # by the tensor's name; without those that are finished
+    options: Options
+    place: Callable[[Step], Target]  # makes a step's target, a second time if the tensor has to be written anew
+    place_factor: Callable[[TensorInfo], Target] | None = None  # of an adapter's tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A step in one of the outputs."""
+
+    step: Step
+    way: Way
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor of an output whose last byte was written to its target."""
+
+    use: Use
+    facts: TensorFacts
+    target: Target
+
+
+class TileSink:
+    """The tensor itself."""
+
+    def __init__(self, use: Use) -> None:
+        self.use, self.target = use, use.way.place(use.step)
+        self._assembly = Assembly(self.target)
+
+    def outlet(self, region: Region) -> Outlet:
+        """Takes the tiles of a matrix of the tensor."""
+
+        def emit(first: int, tile: Tensor) -> None:
+            if region.groups == 1:
+                self.target.write((region.start + region.first + first) * tile.element_size(), as_bytes(tile))
+            else:
+                self._assembly.add(region, first, tile)
+
+        return Outlet(alpha_of(self.use), emit)
+
+    def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:
+        """A matrix that has no update; what is wrong where the output's dtype cannot hold it."""
+        return emit_unchanged(matrix, self.outlet(region).emit, run)
+
+    def copied(self, run: Run, *, again: bool) -> None:
+        """The tensor as it is, `again` where some of it was written already."""
+        if again:
+            self.target = self.use.way.place(self.use.step)
+        copy_from(0, self.use.step, self.target, run)
+
+    def ended(self, run: Run) -> None:
+        """What lies behind the matrices."""
+        if covered(self.use.step) < prod(self.use.step.aligned.shape):
+            copy_from(covered(self.use.step), self.use.step, self.target, run)
+
+    def written(self, found: Found, told: Sequence[str], elapsed_s: float) -> list[Written]:
+        facts = facts_for(self.use.step, found, told, self.target.checksum(), elapsed_s)
+        return [Written(self.use, facts, self.target)]
+
+
+class FactorSink:
+    """A pair of LoRA factors, or several of one weight: each a tensor of an adapter."""
+
+    def __init__(self, use: Use) -> None:
+        self.use, self._targets = use, self._placed(use)
+
+    @staticmethod
+    def _placed(use: Use) -> dict[str, Target]:
+        assert use.way.place_factor is not None, "an adapter has places for factors"
+        return {info.name: use.way.place_factor(info) for pair in use.step.pairs for info in (pair.b, pair.a)}
+
+    def outlet(self, region: Region) -> Outlet:
+        """Takes the factors of the one matrix."""
+        del region
+        return Outlet(alpha_of(self.use), take=self._take)
+
+    def _take(self, b: Tensor, a: Tensor) -> None:
+        for pair in self.use.step.pairs:
+            for info, factor in zip((pair.b, pair.a), as_stored(pair, b, a), strict=True):
+                if not bool(factor.isfinite().all()):
+                    raise DataError(
+                        f"{info.name}: a factor of {self.use.step.name} is beyond the range of {info.dtype}. Leave the "
+                        f"tensor out with --skip '{self.use.step.name}'"
+                    )
+                self._targets[info.name].write(0, as_bytes(factor))
+
+    def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:
+        """Factors of zeros."""
+        del region, matrix
+        self.copied(run, again=False)
+        return None
+
+    def copied(self, run: Run, *, again: bool) -> None:
+        """The same: nothing is to be added."""
+        del run
+        if again:
+            self._targets = self._placed(self.use)
+        m, n = self.use.step.m, self.use.step.n
+        self._take(torch.zeros(m, 0), torch.zeros(0, n))
+
+    def ended(self, run: Run) -> None:
+        del run
+
+    def written(self, found: Found, told: Sequence[str], elapsed_s: float) -> list[Written]:
+        """The first pair's B has the facts; the others say that they are factors."""
+        rows = []
+        for number, info in enumerate(info for pair in self.use.step.pairs for info in (pair.b, pair.a)):
+            target = self._targets[info.name]
+            facts = facts_for(self.use.step, found, told, target.checksum(), elapsed_s)
+            rest = TensorFacts(info.name, "factor", "matrix", info.n_bytes, 0.0, target.checksum())
+            named = _renamed(facts, info) if number == 0 else rest
+            rows.append(Written(self.use, named, target))
+        return rows
+
+
+Sink = TileSink | FactorSink
+
+
+def sink_of(use: Use) -> Sink:
+    """Where the step's results go."""
+    return FactorSink(use) if use.step.pairs else TileSink(use)
+
+
+def alpha_of(use: Use) -> float:
+    """The factor of a step's update."""
+    return options_for(use.step.seed_name or use.step.name, use.way.options).alpha
+
+
+def as_stored(pair: Pair, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """B and A as the adapter's tensors: padded with zeros, turned, folded, in their shapes and dtype."""
+    if pair.fold != 1.0:
+        b = (b.double() * pair.fold).to(b.dtype)
+    rows, columns = b.shape[0], a.shape[1]
+    full_b, full_a = torch.zeros(pair.rows, pair.rank, dtype=b.dtype), torch.zeros(pair.rank, columns, dtype=a.dtype)
+    full_b[:rows, : b.shape[1]] = b
+    full_a[: a.shape[0]] = a
+    if pair.turned:
+        full_b, full_a = full_a.T, full_b.T
+    dtype = TORCH_DTYPES[pair.b.dtype]
+    return (
+        full_b.reshape(pair.b.shape).to(dtype).contiguous(),
+        full_a.reshape(pair.a.shape).to(dtype).contiguous(),
+    )
+
+
+def _renamed(facts: TensorFacts, info: TensorInfo) -> TensorFacts:
+    return replace(facts, name=info.name, n_bytes=info.n_bytes)

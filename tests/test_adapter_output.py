@@ -1,0 +1,442 @@
+"""The update as a LoRA adapter: merged again it is what `run` writes, bit by bit; one solve serves many outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from folders import write
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lox_stream import Cancelled, CheckpointError, DataError, Options, OutputError, extrapolate, plan, update
+from lox_stream.adapters import _scaling
+from lox_stream.api import execute_all
+from lox_stream.carrying import _times
+from lox_stream.cli import commands
+from lox_stream.options import Rule
+from lox_stream.output_rules import JOURNAL
+from lox_stream.recomputing import compare_all
+from lox_stream.sampling import choose_sample
+from lox_stream.synthetic import llama_shapes, pair_of, write_pair
+
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 40}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "vocab_size": 40}
+WEIGHTS = "adapter_model.safetensors"
+SHAPES: dict[str, tuple[dict[str, object], dict[str, tuple[int, ...]]]] = {
+    "llama, untied": (
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+        llama_shapes(32, 48, 1, 40, 16) | {"lm_head.weight": (40, 32)},
+    ),
+    "llama, tied": (
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
+        llama_shapes(32, 48, 1, 40, 16),
+    ),
+    "llama, tied and both stored": (
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
+        llama_shapes(32, 48, 1, 40, 16) | {"lm_head.weight": (40, 32)},
+    ),
+    "turned": (
+        GPT2,
+        {
+            "transformer.wte.weight": (40, 24),
+            "transformer.h.0.attn.c_attn.weight": (24, 72),
+            "transformer.h.0.attn.c_proj.weight": (24, 24),
+            "transformer.h.0.attn.c_proj.bias": (24,),
+        },
+    ),
+    "experts": (
+        MIXTRAL,
+        {
+            "model.embed_tokens.weight": (40, 24),
+            **{f"model.layers.0.block_sparse_moe.experts.{i}.w1.weight": (30, 24) for i in range(4)},
+            "model.layers.0.shared_expert_gate.weight": (1, 24),
+            "lm_head.weight": (40, 24),
+        },
+    ),
+    "a large one": ({"model_type": "new"}, {"proj.weight": (900, 700), "down.weight": (300, 1100)}),
+    "convolutions": (
+        {"model_type": "new"},
+        {"net.conv1.weight": (20, 6, 3), "net.patch.weight": (20, 3, 4, 4), "net.proj.weight": (20, 30)},
+    ),
+}
+
+
+def make(root: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
+    """(base, aligned) of a kind of model; a tied head that is stored has the bytes of its embedding."""
+    config, shapes = SHAPES[kind]
+    generator = torch.Generator().manual_seed(0)
+    sides: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    for name, shape in shapes.items():
+        pair = pair_of(shape[0], max(1, torch.Size(shape[1:]).numel()), generator, dtype=dtype)
+        for side, weight in zip(sides, pair, strict=True):
+            side[name] = weight.view(shape) if len(shape) > 1 else weight[:, 0].contiguous()
+    for side in sides if kind == "llama, tied and both stored" else ():
+        side["lm_head.weight"] = side["model.embed_tokens.weight"].clone()
+    base, aligned = (write(root / name, side, **config) for name, side in zip(("base", "aligned"), sides, strict=True))
+    return base, aligned
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """All weight files of an output."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def adapter(pair: tuple[Path, Path], out: Path, **options: object) -> Path:
+    return extrapolate(*pair, out, options=Options(**{"form": "peft", **options})).out
+
+
+def merged(aligned: Path, folder: Path, out: Path, **options: object) -> Path:
+    return extrapolate(aligned, folder, out, options=Options(**{"alpha": 0.0, **options})).out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_merged_adapter_is_what_run_writes(kind, dtype, tmp_path):
+    pair = make(tmp_path, kind, dtype)
+    extrapolate(*pair, tmp_path / "out")
+    folder = adapter(pair, tmp_path / "adapter")
+    made = plan(*pair, options=Options(form="peft"))
+    assert not made.left_out
+    assert weights(merged(pair[1], folder, tmp_path / "merged")) == weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 1},
+        {"rank": 30, "alpha": 0.3},
+        {"rank": 1000, "alpha": -0.7},
+        {"svd": "exact"},
+        {"skip": ("*q_proj*",), "alpha": 0.19},
+        {"recipe": (Rule("*mlp*", rank=9), Rule("*embed*", alpha=0.05), Rule("*v_proj*", skip=True))},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_whatever_was_asked_for_it_is(form, options, tmp_path):
+    """Any rank, any factor, one rank for all modules; for vLLM the factors hold alpha."""
+    pair = make(tmp_path, "llama, untied")
+    out = load_file(extrapolate(*pair, tmp_path / "out", options=Options(**options)).out / "model.safetensors")
+    folder = adapter(pair, tmp_path / "adapter", **{**options, "form": form})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    shapes = {tensor.shape[0] for name, tensor in load_file(folder / WEIGHTS).items() if "_A" in name}
+    assert shapes == {config["r"]}
+    left = {one.name for one in plan(*pair, options=Options(**{**options, "form": form})).left_out}
+    assert left == ({"model.embed_tokens.weight", "lm_head.weight"} if form == "vllm" else set())
+    assert (config["lora_alpha"] == config["r"]) == (form == "vllm")
+    aligned = load_file(pair[1] / "model.safetensors")
+    for name, weight in load_file(merged(pair[1], folder, tmp_path / "merged") / "model.safetensors").items():
+        assert torch.equal(weight, aligned[name] if name in left else out[name]), name
+
+
+def test_the_words_of_stochastic_rounding_are_those_of_run(tmp_path):
+    pair = make(tmp_path, "llama, tied")
+    how = {"rounding": "stochastic", "seed": 5}
+    extrapolate(*pair, tmp_path / "out", options=Options(**how))
+    folder = adapter(pair, tmp_path / "adapter")
+    assert weights(merged(pair[1], folder, tmp_path / "merged", **how)) == weights(tmp_path / "out")
+
+
+@given(st.integers(1, 10**6), st.integers(0, 6), st.integers(1, 256))
+def test_any_decimal_alpha_is_read_again_as_it_was(digits, places, rank):
+    alpha = float(f"{digits}e-{places}")
+    assert _scaling(_times(alpha, rank), rank, {}) == alpha
+
+
+def test_factors_in_bfloat16_are_those_of_float32_rounded(tmp_path):
+    pair = make(tmp_path, "a large one")
+    exact, rounded = (
+        load_file(adapter(pair, tmp_path / dtype, factor_dtype=dtype) / WEIGHTS) for dtype in ("float32", "bfloat16")
+    )
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(exact[name].bfloat16(), tensor) for name, tensor in rounded.items())
+    for name in exact:
+        if "lora_B" in name:  # balanced: both factors have the square roots of the singular values
+            other = exact[name.replace("lora_B", "lora_A")]
+            assert torch.allclose(exact[name].norm(dim=0), other.norm(dim=1), rtol=1e-3)
+
+
+def test_one_solve_serves_many_factors_and_the_adapter(tmp_path, monkeypatch):
+    pair = make(tmp_path, "llama, tied")
+    extrapolate(*pair, tmp_path / "alone")
+    adapter(pair, tmp_path / "adapter alone")
+    begun, real = [], update._begin
+    monkeypatch.setattr(update, "_begin", lambda *args: begun.append(1) or real(*args))
+    alphas = (0.0, -0.5, 0.5, 1.25)
+    plans = [plan(*pair, tmp_path / f"out-{alpha}", options=Options(alpha=alpha, solved_for=1.25)) for alpha in alphas]
+    plans.append(plan(*pair, tmp_path / "adapter", options=Options(form="peft", solved_for=1.25)))
+    summaries = execute_all(plans)
+    assert len(begun) == 8, "each matrix once"
+    assert weights(tmp_path / "out-1.25") == weights(tmp_path / "alone")
+    assert weights(tmp_path / "adapter") == weights(tmp_path / "adapter alone")
+    assert weights(tmp_path / "out-0.0") == weights(pair[1])
+    for alpha in (-0.5, 0.5):
+        other = merged(pair[1], tmp_path / "adapter", tmp_path / f"merged{alpha}", scaling=alpha)
+        assert weights(other) == weights(tmp_path / f"out-{alpha}")
+    norms = [summary.totals.retention for summary in summaries]
+    assert norms[0] is None
+    assert norms[4] is None, "an adapter rounds no weight"
+    assert all(norms[1:4])
+
+
+def test_fp8_and_parts_of_fused_projections_are_right_in_a_sweep_too(tmp_path):
+    """They are put together, or quantised, for each output by itself."""
+    generator = torch.Generator().manual_seed(3)
+    config = {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    sides = ({}, {})
+    w0, w1 = pair_of(64, 32, generator)
+    for side, weight in zip(sides, (w0, w1), strict=True):
+        side["model.layers.0.self_attn.qkv_proj.weight"] = weight
+        scale = weight.float().abs().max() / 448
+        side["model.layers.0.mlp.down_proj.weight"] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        side["model.layers.0.mlp.down_proj.weight_scale_inv"] = scale.reshape(1, 1)
+    pair = tuple(write(tmp_path / name, side, **config) for name, side in zip(("base", "aligned"), sides, strict=True))
+    options = [Options(alpha=alpha, solved_for=2.0, split_fused=True) for alpha in (0.5, 2.0)]
+    execute_all([plan(*pair, tmp_path / f"out{one.alpha}", options=one) for one in options])
+    for one in options:
+        alone = extrapolate(*pair, tmp_path / f"alone{one.alpha}", options=one).out
+        assert weights(tmp_path / f"out{one.alpha}") == weights(alone)
+
+
+def test_rows_that_base_lacks_have_no_update(tmp_path):
+    base, aligned = make(tmp_path, "llama, untied")
+    grown = load_file(aligned / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown[name] = torch.cat([grown[name], torch.ones(3, 32, dtype=torch.bfloat16)])
+    save_file(grown, aligned / "model.safetensors", metadata={"format": "pt"})
+    how = {"on_shape_mismatch": "overlap"}
+    extrapolate(base, aligned, tmp_path / "out", options=Options(**how))
+    folder = adapter((base, aligned), tmp_path / "adapter", **how)
+    assert load_file(folder / WEIGHTS)["base_model.model.lm_head.lora_B.weight"].shape == (43, 6)
+    assert weights(merged(aligned, folder, tmp_path / "merged")) == weights(tmp_path / "out")
+
+
+def test_what_has_no_update_has_factors_of_zeros(tmp_path):
+    base, aligned = make(tmp_path, "llama, untied")
+    same = load_file(base / "model.safetensors")
+    half = load_file(aligned / "model.safetensors")
+    half["lm_head.weight"] = same["lm_head.weight"]
+    half["model.embed_tokens.weight"][3, 4] = float("nan")
+    save_file(half, aligned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"embed_tokens.*has nan.*Leave such tensors out with --on-nonfinite copy"):
+        adapter((base, aligned), tmp_path / "refused")
+    summary = extrapolate(base, aligned, tmp_path / "adapter", options=Options(form="peft", on_nonfinite="copy"))
+    factors = load_file(tmp_path / "adapter" / WEIGHTS)
+    for module in ("lm_head.lora_B.weight", "model.embed_tokens.lora_embedding_B"):
+        assert not factors[f"base_model.model.{module}"].any()
+    assert summary.totals.identical == 1
+    assert any("embed_tokens.weight: left out and not extrapolated" in warning for warning in summary.warnings)
+
+
+STACKED = {
+    "model.layers.0.mlp.experts.gate_up_proj": (4, 24, 40),
+    "model.layers.0.mlp.gate.weight": (4, 24),
+    "model.layers.0.self_attn.q_proj.weight": (30, 24),
+    "model.embed_positions.weight": (50, 24),
+    "model.layers.0.bias_table": (30, 24),
+    "model.layers.0.conv.weight": (20, 6, 3),
+    "lm_head.weight": (40, 24),
+}
+
+
+@pytest.mark.parametrize(("form", "carried"), [("peft", {"q_proj", "conv", "lm_head"}), ("vllm", {"q_proj"})])
+def test_what_it_cannot_carry_is_listed_with_its_reason(form, carried, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "stacked", (MIXTRAL, STACKED))
+    pair = make(tmp_path, "stacked")
+    summary = extrapolate(*pair, tmp_path / "adapter", options=Options(form=form))
+    names = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == carried
+    assert all(one.reason for one in summary.left_out)
+    assert len(summary.left_out) == len(STACKED) - len(carried)
+    said = json.loads((tmp_path / "adapter" / "lox_stream.json").read_text())
+    assert [one["name"] for one in said["left_out"]] == [one.name for one in summary.left_out]
+
+
+def test_names_of_modules_are_short_where_that_is_unambiguous(tmp_path, monkeypatch):
+    """A last part names all modules that end so; one that holds others, or is left alone, is spelled out."""
+    shapes = {f"layers.{i}.{name}.weight": (30, 24) for i in (0, 1) for name in ("up", "conv.conv", "mlp.0", "down")}
+    monkeypatch.setitem(SHAPES, "named", ({"model_type": "new"}, shapes))
+    pair = make(tmp_path, "named")
+    folder = adapter(pair, tmp_path / "adapter", skip=("layers.1.down.weight",))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(
+        ["up", "layers.0.down", *(f"layers.{i}.{name}" for i in (0, 1) for name in ("conv.conv", "mlp.0"))]
+    )
+
+
+def interrupted(pair: tuple[Path, Path], outs: dict[str, Options], stop_after: int, **how: bool) -> None:
+    """Cancelled when so many tensors are done."""
+    cancel = threading.Event()
+
+    def progress(reached):
+        if reached.done_tensors >= stop_after:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        execute_all(
+            [plan(*pair, out, options=options, **how) for out, options in outs.items()],
+            progress=progress,
+            cancel=cancel,
+            **how,
+        )
+
+
+def test_a_run_of_several_outputs_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
+    pair = write_pair(tmp_path / "pair", llama_shapes(64, 96, 4, 80, 32))
+    ways = {"a": Options(alpha=0.5, solved_for=1.25), "b": Options(solved_for=1.25), "f": Options(form="peft")}
+    ways["f"] = Options(form="peft", solved_for=1.25)
+    whole = {name: tmp_path / f"whole {name}" for name in ways}
+    execute_all([plan(*pair, whole[name], options=options) for name, options in ways.items()])
+    parts = {str(tmp_path / name): options for name, options in ways.items()}
+    interrupted(pair, parts, 12)
+    execute_all([plan(*pair, out, options=options, resume=True) for out, options in parts.items()], resume=True)
+    for name in ways:
+        assert weights(tmp_path / name) == weights(whole[name])
+
+
+def test_half_a_pair_of_factors_is_made_again(tmp_path):
+    """A journal that ends after B and before A: the tensor is not finished."""
+    pair = make(tmp_path, "llama, untied")
+    right = weights(adapter(pair, tmp_path / "right"))
+    interrupted(pair, {str(tmp_path / "adapter"): Options(form="peft", threads=1)}, 3)
+    journal = tmp_path / "adapter" / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    factors = [number for number, line in enumerate(lines) if "lora_" in line]
+    for end in (factors[0] + 1, factors[1] + 1, len(lines)):
+        folder = tmp_path / f"cut at {end}"
+        shutil.copytree(tmp_path / "adapter", folder)
+        (folder / JOURNAL).write_text("".join(lines[:end]))
+        extrapolate(*pair, folder, options=Options(form="peft"), resume=True)
+        assert weights(folder) == right
+
+
+def test_an_adapter_is_checked_byte_by_byte_and_against_float64_and_repaired(tmp_path):
+    pair = make(tmp_path, "llama, tied")
+    folder = adapter(pair, tmp_path / "adapter")
+    right = weights(folder)
+    words = ["verify", str(folder), "--base", str(pair[0]), "--aligned", str(pair[1]), "--sample", "20"]
+    checked = CliRunner().invoke(commands, words)
+    assert checked.exit_code == 0, checked.output
+    assert "factors" in checked.output
+    data = bytearray(right[WEIGHTS])
+    data[-100] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    broken = CliRunner().invoke(commands, ["verify", str(folder)])
+    assert broken.exit_code == 1
+    assert "lora" in broken.stderr
+    summary = extrapolate(*pair, folder, options=Options(form="peft"), resume=True, repair=True)
+    assert len(summary.repaired or ()) == 1
+    assert weights(folder) == right
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_factors_of_another_matrix_fail_against_float64(form, dtype, tmp_path):
+    pair = make(tmp_path, "a large one")
+    folder = adapter(pair, tmp_path / "adapter", form=form, factor_dtype=dtype, alpha=0.8)
+    sample = choose_sample(folder, *pair, count=20)
+    assert [one.kind for one in compare_all(sample)] == ["factors"] * 2
+    assert all(one.ok for one in compare_all(sample))
+    factors = load_file(folder / WEIGHTS)
+    name = "base_model.model.proj.lora_B.weight"
+    factors[name][:, 1] *= 1.1
+    save_file(factors, folder / WEIGHTS, metadata={"format": "pt"})
+    assert sorted((one.name, one.ok) for one in compare_all(choose_sample(folder, *pair, count=20))) == [
+        ("down.weight", True),
+        ("proj.weight", False),
+    ]
+
+
+def test_an_adapter_takes_the_place_of_weights_and_the_other_way_about(tmp_path):
+    pair = make(tmp_path, "llama, tied")
+    out = extrapolate(*pair, tmp_path / "out").out
+    extrapolate(*pair, out, options=Options(form="peft"), overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", WEIGHTS, "README.md", "lox_stream.json"}
+    extrapolate(*pair, out, overwrite=True)
+    assert not (out / WEIGHTS).exists()
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_the_config_that_makes_it_loadable_is_the_last_to_come(tmp_path, monkeypatch):
+    """As an index of weights: a crash before it leaves nothing that PEFT would load."""
+    pair = make(tmp_path, "llama, tied")
+    real = Path.replace
+
+    def crash(self, target):
+        if Path(target).name == "adapter_config.json":
+            raise OSError(5, "a crash")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(OutputError):
+        adapter(pair, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / WEIGHTS).exists()
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def lox(*words: object) -> object:
+    return CliRunner().invoke(commands, [str(word) for word in words], prog_name="lox-stream")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["adapter", "--rank", "0"], 2, "is 0 (full rank); expected 1 or more"),
+        (["adapter", "--alpha", "1,2"], 2, "names several factors, expected one"),
+        (["adapter", "--dtype", "float16"], 2, "'--dtype'"),
+        (["adapter", "--only", "*norm*"], 2, "no tensor that an adapter can carry is extrapolated"),
+        (["run", "--alpha", "1,2"], 2, "expected a place for them in it"),
+        (["run", "--alpha", "1,1.0", "--out", "o-{alpha}"], 2, "names 1 twice"),
+        (["run", "--alpha", ""], 2, "expected a finite number"),
+        (["run", "--save-factors", "OUT"], 2, "is asked for twice"),
+        (["run", "--split-fused", "--save-factors", "factors"], 0, ""),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_anything_is_written(words, code, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair = make(tmp_path, "llama, tied")
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    more = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    ended = lox(words[0], "--base", pair[0], "--aligned", pair[1], *more, *words[1:])
+    assert ended.exit_code == code, ended.output
+    assert said in ended.stderr
+    if code:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "base"]
+
+
+def test_adapters_of_what_is_none_are_refused(tmp_path):
+    base, aligned = make(tmp_path, "llama, tied")
+    folder = adapter((base, aligned), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"aligned is an adapter itself.*Merge it first"):
+        adapter((aligned, folder), tmp_path / "other")
+    ended = lox("apply", "--adapter", base, "--aligned", aligned, "--out", tmp_path / "out")
+    assert ended.exit_code == 1
+    assert "holds no LoRA adapter" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_say_what_they_did(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair = make(tmp_path, "llama, tied")
+    told = lox("adapter", "--base", pair[0], "--aligned", pair[1], "--out", "adapter")
+    assert told.exit_code == 0, told.output
+    assert "9 modules, rank 6, F32" in told.stdout
+    assert "merge_and_unload() would add the change twice" in told.stderr
+    told = lox("apply", "--adapter", "adapter", "--aligned", pair[1], "--out", "merged", "--alpha", "0.5")
+    assert re.search(r"merged +8 of 11 tensors, by an adapter", told.stdout)
+    told = lox("run", "--base", pair[0], "--aligned", pair[1], "--out", "o-{alpha}", "--alpha", "0.5,2", "--json")
+    documents = json.loads(told.stdout)["outputs"]
+    assert [Path(document["out"]).name for document in documents] == ["o-0.5", "o-2"]
+    assert weights(tmp_path / "o-0.5").keys() == {"model.safetensors"}
+    dry = lox("adapter", "--base", pair[0], "--aligned", pair[1], "--out", "dry", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["steps"][0]["modules"]
+    assert not Path("dry").exists()
