@@ -23,7 +23,7 @@ test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 	$(BIN)/pytest
 
 compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
-	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_fp8_formats.py
+	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
 
 torture: $(VENV)/ready-dev ## runs killed, without power, disk, memory or inputs, for half an hour; TORTURE="--help" lists the options
 	$(BIN)/pytest -m torture

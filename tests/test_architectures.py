@@ -5,7 +5,6 @@ The oracle knows modules and no names of tensors: what a loaded model multiplies
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="`make compat` has an 
 
 import apart  # noqa: E402
 import exactly  # noqa: E402
+from models import loaded, moved  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 from zoo import FUSED, ZOO, stable_diffusion  # noqa: E402
 
@@ -35,20 +35,6 @@ LOOKUPS = {
     "latents",
 }  # tables that are no module
 UNCHANGED = {"A_log", "scale_shift_table", "mask_token"}
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The same with a little of rank three and noise added to every parameter."""
-    generator = torch.Generator().manual_seed(1)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            rows = parameter.shape[0] if parameter.ndim else 1
-            left = torch.randn(rows, 3, generator=generator)
-            right = torch.randn(3, parameter.numel() // rows, generator=generator)
-            change = left @ right + 0.1 * torch.randn(rows, parameter.numel() // rows, generator=generator)
-            parameter += 0.01 * change.view(parameter.shape)
-    return model
 
 
 def extrapolated(w1: Tensor, w0: Tensor) -> Tensor:
@@ -82,16 +68,6 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{prefix}.{name}", module, name, parameter.detach()
-
-
-def loaded(kind: type, folder: Path) -> nn.Module:
-    """The model, of which no key may be missing or left over."""
-    if kind.__module__.startswith("diffusers"):
-        model, told = kind.from_pretrained(folder, output_loading_info=True)
-    else:
-        model, told = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(told.values()), told
-    return model.float()
 
 
 def run(made: nn.Module, folder: Path, options: Options) -> tuple[list[nn.Module], dict[str, dict]]:

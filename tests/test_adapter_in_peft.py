@@ -1,0 +1,151 @@
+"""Adapters of lox-stream in PEFT itself, on each architecture of the zoo: what it loads is the update that `run` adds.
+
+What PEFT does not take from an adapter is listed here, by architecture, and in docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]  # warnings of other libraries are theirs
+peft = pytest.importorskip("peft", reason="`make compat` has an environment with it")
+
+from models import loaded, moved  # noqa: E402
+from zoo import ZOO  # noqa: E402
+
+from lox_stream import Options, extrapolate  # noqa: E402
+
+RANK, ALPHA = 2, 1.25
+LEFT_OUT = (  # of a loaded model: what lox-stream leaves out for any architecture
+    *("*.gate.weight", "*.router.weight", "*position_embedding*", "*embed_positions.weight", "*wpe.weight"),
+    *("*relative_attention_bias.weight", "*rel_embeddings.weight", "*table", "*.latents", "*in_proj_weight"),
+    *("*output_position_encodings*",),
+)
+NOT_TAKEN = {  # globs: by PEFT 0.21 with transformers 5, or left out here, beside these
+    "bert": "*word_embeddings*",  # tied to a head that is called otherwise in each kind of model
+    "electra": "*word_embeddings*",
+    "esm": "*word_embeddings*",
+    "deberta_v2": "*word_embeddings*",
+    "t5": "shared.weight",
+    "bart": "model.shared.weight",
+    "gpt_neox": "lm_head.weight",  # renamed as it is loaded
+    "mamba": "*.out_proj.weight",
+    "mamba2": "*.out_proj.weight",
+    "falcon_h1": "*.out_proj.weight",
+    "recurrent_gemma": "*_gate_weight",
+    "gpt_oss": "*.experts.*",  # stacked in the files
+    "llama4": "*.experts.*",
+    "granitemoe": "*.experts.*",
+    "dbrx": "*.experts.*",
+    "qwen2_moe": "*.mlp.experts.*",  # stacked as it is loaded, and PEFT does not stack their factors
+    "jamba": "*.experts.*",
+    "deepseek_v3": "*.mlp.*_proj.weight",  # PEFT takes these names for experts' where a model has both
+    "qwen3_next": "*.shared_expert.*",
+    "vit": "*.layers.*",  # renamed as they are loaded
+    "swin": "*.blocks.*",
+    "dinov2": "*.layer.*",
+    "segformer": "*",
+    "llava": "*.vision_tower.* *.multi_modal_projector.* lm_head.weight",
+    "qwen2_vl": "*",
+}
+
+
+def made(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """The aligned model and what `run` makes of it, loaded; the adapter lies in folder/adapter."""
+    torch.manual_seed(0)
+    base = ZOO[name]().float()
+    base.save_pretrained(folder / "base")
+    moved(base).save_pretrained(folder / "aligned")
+    pair = folder / "base", folder / "aligned"
+    extrapolate(*pair, folder / "out", options=Options(RANK, ALPHA))
+    extrapolate(*pair, folder / "adapter", options=Options(RANK, ALPHA, form="peft"))
+    return loaded(type(base), folder / "aligned"), loaded(type(base), folder / "out")
+
+
+def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which a test of its own looks at
+        return peft.PeftModel.from_pretrained(model, folder / "adapter")
+
+
+def changes(wrapped: nn.Module) -> dict[str, Tensor]:
+    """What PEFT adds to each parameter of the model."""
+    found = {}
+    for where, module in wrapped.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "scaling", {}):
+            name = f"{where}.{getattr(module, 'parameter_name', 'weight')}".replace(".base_layer", "")
+            found[name] = module.get_delta_weight("default").detach()
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_peft_adds_what_run_adds(name, tmp_path):
+    aligned, out = made(name, tmp_path)
+    before = {where: weight.detach().clone() for where, weight in aligned.named_parameters()}
+    found = changes(with_adapter(aligned, tmp_path))
+    right = {where: weight.detach() - before[where] for where, weight in out.named_parameters()}
+    expected = {where for where, change in right.items() if bool(change.any())}
+    lost = {where for where in expected if where not in found or not bool(found[where].any())}
+    excused = (*LEFT_OUT, *NOT_TAKEN.get(name, "").split())
+    assert {where for where in lost if not any(fnmatchcase(where, glob) for glob in excused)} == set()
+    assert expected - lost, "nothing was compared"
+    for where in expected - lost:
+        change = found[where].view(right[where].shape)
+        assert float((change - right[where]).norm()) <= 1e-3 * float(right[where].norm()), where
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "qwen3", "gemma2", "mpt", "bloom"])
+def test_its_logits_are_those_of_the_merged_model(name, tmp_path):
+    """To a thousandth of what the change does to them; and switched off it is the aligned model."""
+    aligned, _ = made(name, tmp_path)
+    manifest = json.loads((tmp_path / "adapter" / "lox_stream.json").read_text())
+    how = Options(RANK, ALPHA, skip=tuple(one["name"] for one in manifest.get("left_out", [])))
+    extrapolate(tmp_path / "base", tmp_path / "aligned", tmp_path / "same", options=how)
+    merged = loaded(type(aligned), tmp_path / "same").eval()
+    words = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before, right = aligned.eval()(words).logits.clone(), merged(words).logits
+        wrapped = with_adapter(aligned, tmp_path).eval()
+        assert float((wrapped(words).logits - right).norm()) <= 1e-3 * float((right - before).norm())
+        with wrapped.disable_adapter():
+            assert torch.equal(wrapped(words).logits, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_what_peft_merges_is_what_apply_merges(name, tmp_path):
+    aligned, _ = made(name, tmp_path)
+    options = Options(alpha=0.0)
+    tied = name == "gpt2"  # which PEFT's merge changes twice
+    extrapolate(tmp_path / "aligned", tmp_path / "adapter", tmp_path / "applied", options=options)
+    applied = loaded(type(aligned), tmp_path / "applied")
+    before = {where: weight.detach().clone() for where, weight in aligned.named_parameters()}
+    merged = with_adapter(copy.deepcopy(aligned), tmp_path).merge_and_unload()
+    for (where, one), other in zip(merged.named_parameters(), applied.parameters(), strict=True):
+        if tied and where == "transformer.wte.weight":
+            continue
+        change = float((other - before[where]).detach().norm())
+        assert float((one - other).detach().norm()) <= 1e-4 * change + 1e-7 * float(before[where].norm()), where
+
+
+def test_factors_that_alpha_is_folded_into_do_the_same(tmp_path):
+    """The form for vLLM, whose loader cannot run here: what PEFT makes of it is what it holds."""
+    aligned, out = made("llama", tmp_path)
+    pair = tmp_path / "base", tmp_path / "aligned"
+    extrapolate(*pair, tmp_path / "folded" / "adapter", options=Options(RANK, ALPHA, form="vllm"))
+    before = {where: weight.detach().clone() for where, weight in aligned.named_parameters()}
+    found = changes(with_adapter(aligned, tmp_path / "folded"))
+    weights = dict(out.named_parameters())
+    assert {where.rsplit(".", 2)[1] for where in found} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    for where, change in found.items():
+        right = weights[where].detach() - before[where]
+        assert float((change - right).norm()) <= 1e-3 * float(right.norm()), where
