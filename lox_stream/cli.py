@@ -209,8 +209,8 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: str, save_factor
 def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target: str, **given: Any) -> int:
     """Write the update alone, as a LoRA adapter of the aligned model.
 
-    alpha * (rank-k part of aligned - base) is a LoRA of rank k: some hundred MB for 70B, switched on and off by PEFT
-    or vLLM, and merged by `lox-stream apply`.
+    alpha * (rank-k part of aligned - base) is a LoRA of rank k: small, switched on and off by PEFT or vLLM, and merged
+    by `lox-stream apply`.
 
     \b
     Example:
