@@ -2,7 +2,8 @@
 
     W_out = W_aligned + alpha * Proj_k(W_aligned - W_base)
 
-`plan` looks at two checkpoints and decides, `extrapolate` writes the result, `stream` yields it tensor by tensor.
+`plan` looks at two checkpoints and decides, `extrapolate` writes the result, `stream` yields it tensor by tensor, and
+`open` is a mapping that computes a tensor when it is asked for.
 Names are loaded when they are first used: importing this package imports no torch.
 """
 
@@ -12,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lox_stream.api import Progress, Summary, execute, extrapolate, stream
+    from lox_stream.api import Progress, Summary, execute, execute_all, extrapolate
     from lox_stream.errors import (
         Cancelled,
         CheckpointError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     )
     from lox_stream.options import Options
     from lox_stream.planning import Plan, Step, plan
+    from lox_stream.streaming import Extrapolated, stream
+    from lox_stream.streaming import Extrapolated as open
     from lox_stream.svd import TruncatedSVD, truncated_svd
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DeviceError",
+    "Extrapolated",
     "LoxError",
     "MemoryBudgetError",
     "OptionError",
@@ -47,15 +51,18 @@ __all__ = [
     "Summary",
     "TruncatedSVD",
     "execute",
+    "execute_all",
     "extrapolate",
+    "open",
     "plan",
     "stream",
     "truncated_svd",
 ]
 _MODULES = {
-    "api": ("Progress", "Summary", "execute", "extrapolate", "stream"),
+    "api": ("Progress", "Summary", "execute", "execute_all", "extrapolate"),
     "options": ("Options",),
     "planning": ("Plan", "Step", "plan"),
+    "streaming": ("Extrapolated", "open", "stream"),
     "svd": ("TruncatedSVD", "truncated_svd"),
 }
 _HOME = dict.fromkeys(__all__, "errors") | {name: module for module, names in _MODULES.items() for name in names}
@@ -64,7 +71,8 @@ _HOME = dict.fromkeys(__all__, "errors") | {name: module for module, names in _M
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lox_stream.{_HOME[name]}"), name)
+    own = "Extrapolated" if name == "open" else name
+    return getattr(importlib.import_module(f"lox_stream.{_HOME[name]}"), own)
 
 
 def __dir__() -> list[str]:

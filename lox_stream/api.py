@@ -1,27 +1,23 @@
-"""The library: `extrapolate` writes a checkpoint, `stream` yields its tensors with nothing written."""
+"""The library: `extrapolate` writes a checkpoint, or several out of one pair."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from lox_stream.carrying import LeftOut
-from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step, output_bytes, written_names
 from lox_stream.options import Options, check_platform, check_ways
-from lox_stream.pipeline import Finished, compute, compute_all
+from lox_stream.pipeline import Finished, compute_all
 from lox_stream.planning import DEFAULTS, Plan, plan
-from lox_stream.reader import TORCH_DTYPES
 from lox_stream.remarks import changed_bytes, run_warnings
 from lox_stream.repairing import survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
@@ -252,46 +248,3 @@ class _Reporter:
                     time.monotonic() - self.started,
                 )
             )
-
-
-class _Memory(InMemory):
-    """A target that is a tensor of its own."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__(output_bytes(step))
-        self.shape, self.dtype = step.aligned.shape, TORCH_DTYPES.get(step.dtype or step.aligned.dtype)
-
-    def tensor(self) -> Tensor:
-        """In its own dtype and shape; plain bytes where torch has no such dtype."""
-        return self.data if self.dtype is None else self.data.view(self.dtype).view(self.shape)
-
-
-def stream(
-    base: str | Path,
-    aligned: str | Path,
-    *,
-    options: Options = DEFAULTS,
-    cancel: threading.Event | None = None,
-) -> Generator[tuple[str, Tensor], None, None]:
-    """Yield (name, tensor) of the extrapolated checkpoint in the order of its files, with nothing written.
-
-    The tensors hold the very bytes that `extrapolate` writes. Problems are raised here, before the first tensor;
-    closing the generator stops the work. Tensors that wait for the caller count towards `options.memory_bytes`.
-
-        from lox_stream import stream
-
-        model.load_state_dict(dict(stream("base", "aligned")), strict=False)
-    """
-    check_platform()
-    made = settled(plan(base, aligned, options=options))
-    return tensors_of(made, cancel or threading.Event())
-
-
-def tensors_of(plan: Plan, cancel: threading.Event) -> Generator[tuple[str, Tensor], None, None]:
-    """(name, tensor) for each step of a settled plan; see `stream`."""
-    events = compute(plan.steps, _Memory, plan.options, stop=cancel, in_order=True, held_bytes=output_bytes)
-    with contextlib.closing(events):
-        for event in events:
-            if isinstance(event, Finished):
-                assert isinstance(event.target, _Memory), "the only target made here"
-                yield event.step.name, event.target.tensor()

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import xxhash
 
-from lox_stream.api import tensors_of
 from lox_stream.checkpoint import companion_path
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
@@ -23,6 +22,7 @@ from lox_stream.planning import Plan
 from lox_stream.repairing import facts_of
 from lox_stream.sampling import planned_again
 from lox_stream.shards import is_regular
+from lox_stream.streaming import tensors_of, with_pairs
 from lox_stream.verifying import Check, folder_of
 
 PIECE_BYTES = 1 << 24
@@ -54,9 +54,11 @@ def locate(out: str | Path, base: str | Path, aligned: str | Path, failed: Seque
         if expected is not None and (wrong := _compared(folder, check, np.frombuffer(expected, np.uint8))):
             yield wrong
     damaged = {check.name: check for check in failed if check.part == "tensor"}
-    steps = tuple(step for step in plan.steps if step.name in damaged)
-    with contextlib.closing(tensors_of(replace(plan, steps=steps), threading.Event())) as tensors:
+    steps = with_pairs(plan, damaged.keys())
+    with contextlib.closing(tensors_of(plan, steps, threading.Event())) as tensors:
         for name, tensor in tensors:
+            if name not in damaged:
+                continue
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
             if xxhash.xxh3_128_hexdigest(data.data) == said[name].get("xxh3_128"):
                 wrong = _compared(folder, damaged[name], data)
