@@ -12,7 +12,7 @@ FUZZ ?=
 TORTURE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs compat torture torture-short fuzz kernels bench size wheel clean
+.PHONY: help demo test check docs compat examples torture torture-short fuzz kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -24,6 +24,10 @@ test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 
 compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
+
+examples: .venv-compat/ready .venv-llmcompressor/ready ## examples/toolchains with the real transformers, PEFT, mergekit, gguf, llm-compressor
+	.venv-compat/bin/pytest -m examples tests/test_toolchains.py
+	.venv-llmcompressor/bin/pytest -m examples tests/test_toolchains.py
 
 torture: $(VENV)/ready-dev ## runs killed, without power, disk, memory or inputs, for half an hour; TORTURE="--help" lists the options
 	$(BIN)/pytest -m torture
@@ -72,7 +76,7 @@ wheel: $(VENV)/ready ## build the wheel, install it elsewhere, run it outside th
 	@rm -rf $(WHEEL)/venv
 
 clean: ## remove what was built, the environments too
-	rm -rf build dist *.egg-info .venv .venv-compat .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv .venv-compat .venv-llmcompressor .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -89,10 +93,17 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
-	@echo "make: installing transformers, diffusers and peft into .venv-compat"
+	@echo "make: installing transformers, diffusers, peft, mergekit and gguf into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
 	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers peft compressed-tensors pytest
+	  torch transformers diffusers peft compressed-tensors mergekit gguf pytest
+	@touch $@
+
+.venv-llmcompressor/ready: constraints.txt tests/llmcompressor-constraints.txt pyproject.toml
+	@echo "make: installing llm-compressor, with the transformers that it holds back, into .venv-llmcompressor"
+	@$(PYTHON) -m venv .venv-llmcompressor
+	@.venv-llmcompressor/bin/python $(PIP) install -c constraints.txt -c tests/llmcompressor-constraints.txt -e . \
+	  torch transformers llmcompressor pytest
 	@touch $@
 
 include examples/real_pair/real.mk

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lox_stream.streaming import Extrapolated, stream
     from lox_stream.streaming import Extrapolated as open
     from lox_stream.svd import TruncatedSVD, truncated_svd
+    from lox_stream.tensors import extrapolate_tensor
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "execute",
     "execute_all",
     "extrapolate",
+    "extrapolate_tensor",
     "open",
     "plan",
     "stream",
@@ -64,6 +66,7 @@ _MODULES = {
     "planning": ("Plan", "Step", "plan"),
     "streaming": ("Extrapolated", "open", "stream"),
     "svd": ("TruncatedSVD", "truncated_svd"),
+    "tensors": ("extrapolate_tensor",),
 }
 _HOME = dict.fromkeys(__all__, "errors") | {name: module for module, names in _MODULES.items() for name in names}
 

@@ -94,3 +94,15 @@ def shape_of(value, real):
     if isinstance(value, list):
         return [shape_of(item, item) for item in value]
     return type(value).__name__
+
+
+def test_the_examples_of_other_programs_are_the_files_that_ci_runs():
+    """`make examples` runs each of them; docs/library.md shows them as they are."""
+    text = (ROOT / "docs" / "library.md").read_text()
+    shown = dict(
+        re.findall(r"^\[([\w.]+)\]\(\.\./examples/toolchains/[\w.]+\):\n\n```\w+\n(.*?)^```$", text, re.M | re.S)
+    )
+    files = {path.name: path.read_text() for path in (ROOT / "examples" / "toolchains").iterdir() if path.is_file()}
+    assert shown == files
+    tests = (ROOT / "tests" / "test_toolchains.py").read_text()
+    assert [name for name in files if name not in tests] == []
