@@ -403,6 +403,22 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     return carry_out(request)
 
 
+@commands.command("doctor")
+@click.argument("folder", type=FOLDER, metavar="[DIR]", default=".")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def _doctor(folder: Path, as_json: bool) -> int:
+    """Look at this machine: versions, cores, memory, GPU, Triton, extras, and the disk of DIR (default: the current
+    folder), where a file of 256 MiB is written and removed. What is missing is said with how to get it.
+
+    \b
+    Example:
+      lox-stream doctor /data
+    """
+    from lox_stream.cli_doctor import examine
+
+    return examine(folder, as_json=as_json)
+
+
 @commands.command("demo")
 @click.option("--keep", type=FOLDER, metavar="DIR", help="Keep the pair and the result in this folder, new or empty.")
 def _demo(keep: Path | None) -> int:
