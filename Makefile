@@ -26,8 +26,8 @@ compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, 
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
 
 examples: .venv-compat/ready .venv-llmcompressor/ready ## examples/toolchains with the real transformers, PEFT, mergekit, gguf, llm-compressor
-	.venv-compat/bin/pytest -m examples tests/test_toolchains.py
-	.venv-llmcompressor/bin/pytest -m examples tests/test_toolchains.py
+	.venv-compat/bin/pytest -m examples tests/test_toolchains.py tests/test_hub.py
+	.venv-llmcompressor/bin/pytest -m examples tests/test_toolchains.py tests/test_hub.py
 
 torture: $(VENV)/ready-dev ## runs killed, without power, disk, memory or inputs, for half an hour; TORTURE="--help" lists the options
 	$(BIN)/pytest -m torture

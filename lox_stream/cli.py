@@ -258,8 +258,10 @@ def _apply(ctx: click.Context, /, adapter: Path, aligned: Path, out: Path, alpha
       lox-stream apply --adapter llama-lox-adapter --aligned llama-instruct --out llama-lox --alpha 0.8
     """
     from lox_stream.cli_run import carry_out, request_for, require_adapter
+    from lox_stream.hub import local
 
     flags = {name: given.pop(name) for name in FLAGS}
+    adapter = local(adapter)
     require_adapter(adapter)
     options = Options(alpha=0.0, scaling=alpha, memory_bytes=given.pop("memory"), **given)
     return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags))
@@ -332,8 +334,9 @@ def _verify(out: Path, base: Path | None, aligned: Path | None, sample: int, see
     if (base is None) != (aligned is None):
         raise click.UsageError("--base and --aligned belong together: give both to recompute a sample, or neither")
     from lox_stream.cli_verify import check_output
+    from lox_stream.hub import local
 
-    inputs = (base, aligned) if base is not None and aligned is not None else None
+    inputs = (local(base), local(aligned)) if base is not None and aligned is not None else None
     return check_output(out, inputs, count=sample, seed=seed, as_json=as_json)
 
 
@@ -375,6 +378,7 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
       lox-stream bench --base llama-base --aligned llama-instruct --tensors '*q_proj*' --rank 6,16 --plot
     """
     from lox_stream.cli_bench import Request, carry_out, numbers
+    from lox_stream.hub import local
 
     for name, value, least in (("--per-shape", given["per_shape"], 1), ("--repeat", given["repeat"], 1)):
         if value < least:
@@ -384,8 +388,8 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     if not given["limit"] > 0:
         raise OptionError(f"--limit is {given['limit']}, expected more than 0 seconds")
     request = Request(
-        base=base,
-        aligned=aligned,
+        base=local(base),
+        aligned=local(aligned),
         tensors=tensors,
         ranks=numbers(given["rank"], "--rank", int, 1, 1 << 20),
         solvers=tuple(dict.fromkeys(name for name in given["solvers"].split(",") if name)),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_stream.adapters import is_adapter
-from lox_stream.errors import Cancelled, CheckpointError, OptionError
+from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError
+from lox_stream.hub import is_hub_id, local, planned_first
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import listing, printable
 from lox_stream.options import Options
@@ -103,20 +105,12 @@ def carry_out(request: Request) -> int:
             "--repair and --dry-run are both given, expected one: `lox-stream verify` says what is damaged"
         )
     machine = parse_machine(request.assume)
-    with Interruption(lambda: _stopped(request)) as interruption:
-        made = [
-            plan(
-                request.base,
-                request.aligned,
-                folder,
-                options=options,
-                resume=request.resume,
-                overwrite=request.overwrite,
-                repair=request.repair,
-                dry=request.dry_run,
-            )
-            for folder, options in request.outputs
-        ]
+    with Interruption(lambda: _stopped(request)) as interruption, ExitStack() as stack:
+        if is_hub_id(request.base) or is_hub_id(request.aligned):
+            given, request = request, _here(request, stack)
+            made = [_with_names(one, given) for one in _plans(request)]
+        else:
+            made = _plans(request)
         if not request.dry_run:
             from lox_stream.device import settled
 
@@ -134,6 +128,63 @@ def carry_out(request: Request) -> int:
     code = NOT_CONVERGED if any(summary.totals.not_converged for summary in summaries) else 0
     _show_summaries(request, made, summaries, code)
     return code
+
+
+def _plans(request: Request) -> list[Plan]:
+    return [
+        plan(
+            request.base,
+            request.aligned,
+            folder,
+            options=options,
+            resume=request.resume,
+            overwrite=request.overwrite,
+            repair=request.repair,
+            dry=request.dry_run,
+        )
+        for folder, options in request.outputs
+    ]
+
+
+def _here(request: Request, stack: ExitStack) -> Request:
+    """The request for models that lie here: the headers of those on the hub for a dry run, else their downloads.
+
+    Before anything large is downloaded the plan has been made of headers, and what is wrong is raised.
+    """
+    if request.dry_run and request.resume:
+        raise OptionError(
+            "--dry-run and --resume are both given for a model on the hub, expected one: what is left to do is told by "
+            "its weights, which a dry run does not read"
+        )
+    headers = stack.enter_context(planned_first(request.base, request.aligned))
+    if headers is not None:
+        seen = replace(request, base=headers[0], aligned=headers[1])
+        try:
+            _plans(seen)
+        except LoxError as error:
+            raise _named(error, headers, request) from error
+        if request.dry_run:
+            return seen
+    if not request.quiet:
+        names = [str(path) for path in (request.base, request.aligned) if is_hub_id(path)]
+        click.echo(escaped(f"fetching {' and '.join(names)} from the hub, as far as the cache lacks it"), err=True)
+    return replace(request, base=local(request.base), aligned=local(request.aligned))
+
+
+def _with_names(made: Plan, given: Request) -> Plan:
+    """A plan that was made of headers, with the names of the models in place of temporary folders."""
+    if not given.dry_run:
+        return made
+    base, aligned = replace(made.base, root=given.base), replace(made.aligned, root=given.aligned)
+    return replace(made, base=base, aligned=aligned)
+
+
+def _named(error: LoxError, headers: Sequence[Path], request: Request) -> LoxError:
+    """The error with the names that were given in place of temporary folders."""
+    text = str(error)
+    for path, given in zip(headers, (request.base, request.aligned), strict=True):
+        text = text.replace(str(path), str(given))
+    return CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)
 
 
 def _still_to_do(request: Request, made: Plan) -> Plan:

@@ -18,6 +18,7 @@ from lox_stream.installed import Finding
 from lox_stream.journal import version
 
 EXTRAS = {
+    "hub": ("models on the hub", ("huggingface_hub",)),
     "peft": ("adapters in PEFT", ("peft", "transformers")),
     "mergekit": ("lox-mergekit", ("mergekit",)),
     "gguf": ("GGUF files", ("gguf",)),

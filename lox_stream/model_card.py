@@ -15,7 +15,7 @@ import yaml
 from lox_stream.checkpoint import Checkpoint
 from lox_stream.journal import version
 from lox_stream.manifest import Totals
-from lox_stream.names import printable
+from lox_stream.names import hub_name, printable
 from lox_stream.output_rules import MODEL_CARD
 from lox_stream.planning import Plan
 
@@ -62,10 +62,7 @@ def card_for(plan: Plan, totals: Totals) -> bytes:
 def model_name(checkpoint: Checkpoint) -> str:
     """The name on the hub of a checkpoint in the hub's cache (`models--ORG--NAME/...`), else its folder's own."""
     folder = checkpoint.folder if checkpoint.overlay is None else checkpoint.overlay.folder
-    for part in reversed(folder.resolve().parts):
-        if found := re.fullmatch(r"models--(.+?)--(.+)", part):
-            return f"{found[1]}/{found[2]}"
-    return folder.resolve().name
+    return hub_name(folder) or folder.resolve().name
 
 
 def completed(card: str, entries: dict[str, str | Sequence[str]]) -> str:

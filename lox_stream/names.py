@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase, translate
 from functools import lru_cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 
@@ -33,6 +33,14 @@ def listing(names: Iterable[str], limit: int = 4) -> str:
     shown = [printable(name) for name in names]
     rest = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def hub_name(folder: Path) -> str:
+    """`org/name` of a folder in the cache of huggingface_hub (`models--org--name/...`); "" for another."""
+    for part in reversed(folder.resolve().parts):
+        if found := re.fullmatch(r"models--(.+?)--(.+)", part):
+            return f"{found[1]}/{found[2]}"
+    return ""
 
 
 def is_plain_relative(name: str) -> bool:

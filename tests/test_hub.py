@@ -1,0 +1,157 @@
+"""Models on the hub, held against a small one on the loopback interface: planned from headers, then downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lox_stream import hub as lox_hub
+from lox_stream.synthetic import llama_shapes, write_pair
+
+pytestmark = [pytest.mark.examples, pytest.mark.filterwarnings("default")]
+pytest.importorskip("huggingface_hub", reason="`make examples` has an environment with it")
+
+from small_hub import Hub, serving  # noqa: E402
+
+RUN = ["run", "--base", "org/base", "--aligned", "org/aligned@v1", "--out", "out"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    base, aligned = write_pair(folder, llama_shapes(64, 96, 2, 512, 32), aligned_shards=2)
+    (aligned / "tokenizer.json").write_text("{}" * 1000)
+    (aligned / "model.gguf").write_bytes(bytes(100_000))
+    (aligned / "pytorch_model.bin").write_bytes(bytes(100_000))
+    return base, aligned
+
+
+@pytest.fixture
+def hub(pair):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]})) as hub:
+        yield hub
+
+
+def lox(hub: Hub, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command, in a process whose huggingface_hub knows that hub alone."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"} | more
+    command = [sys.executable, "-P", "-m", "lox_stream", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_pair_on_the_hub_gives_the_bytes_of_one_on_the_disk(hub, pair, tmp_path):
+    ran = lox(hub, tmp_path, *RUN)
+    assert ran.returncode == 0, ran.stderr
+    assert "fetching org/base and org/aligned@v1 from the hub" in ran.stderr
+    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
+    assert here.returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "here")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert hub.sent("gguf") == hub.sent("pytorch_model.bin") == 0, "other formats of the weights are not downloaded"
+    assert "org/aligned" in (tmp_path / "out" / "README.md").read_text()
+    sent = hub.sent("safetensors")
+    assert lox(hub, tmp_path, *RUN, "--overwrite").returncode == 0
+    assert hub.sent("safetensors") <= sent + 4 * lox_hub.FIRST_BYTES, "the second time the weights are in the cache"
+
+
+def test_a_dry_run_and_inspect_read_headers_alone(hub, pair, tmp_path):
+    ran = lox(hub, tmp_path, *RUN, "--dry-run", "--json")
+    assert ran.returncode == 0, ran.stderr
+    plan = json.loads(ran.stdout)
+    assert (plan["base"], plan["aligned"]) == ("org/base", "org/aligned@v1")
+    assert plan["totals"]["extrapolated_tensors"] == 15
+    seen = lox(hub, tmp_path, "inspect", "org/aligned", "--json")
+    assert seen.returncode == 0, seen.stderr
+    assert "org/aligned" in seen.stdout
+    whole = sum(path.stat().st_size for folder in pair for path in folder.glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in pair[1].glob("*.safetensors"))
+    assert hub.sent("safetensors") <= max(4 * (1 << 16), headers) * 2
+    assert not list((tmp_path / "hf").rglob("*.safetensors")), "nothing was put into the cache"
+    assert whole > 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "hf") == []
+
+
+def test_what_is_wrong_is_said_before_the_weights_are_fetched(hub, pair, tmp_path):
+    other = tmp_path / "other"
+    write_pair(other, llama_shapes(32, 96, 2, 512, 32))
+    hub.models["org/other"] = other / "base"
+    ran = lox(hub, tmp_path, "run", "--base", "org/other", "--aligned", "org/aligned", "--out", "out")
+    assert ran.returncode == 1
+    assert "expected the same shape" in ran.stderr
+    assert "lox-stream-headers" not in ran.stderr, "no temporary folder is named"
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--base", "org/nothing"],
+            r"org/nothing: no such model on http.*Check the name, or log in with `hf auth login`",
+        ),
+        (["--base", "org/base@v9"], "org/base: has no revision 'v9', expected a branch, tag or commit"),
+    ],
+)
+def test_names_that_are_none_are_said(words, said, hub, tmp_path):
+    ran = lox(hub, tmp_path, *RUN[:1], *words, *RUN[3:])
+    assert ran.returncode == 1, ran.stdout
+    assert re.search(said, ran.stderr, re.DOTALL), ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gated_model_says_how_to_get_access(pair, tmp_path):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, gated=("org/base",))) as hub:
+        ran = lox(hub, tmp_path, *RUN)
+    assert ran.returncode == 1
+    assert "org/base: is gated: this account may not read it. Ask for access at" in ran.stderr
+
+
+def test_a_cut_connection_is_gone_on_with(pair, tmp_path):
+    """By huggingface_hub, which resumes; the weights are those of the hub."""
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, cut=2)) as hub:
+        ran = lox(hub, tmp_path, *RUN)
+        again = ran if ran.returncode == 0 else lox(hub, tmp_path, *RUN)
+    assert again.returncode == 0, again.stderr
+    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
+    assert here.returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "here")
+
+
+def test_offline_takes_what_is_in_the_cache(hub, pair, tmp_path):
+    words = ["run", "--base", "org/base", "--aligned", "org/aligned", "--out", "out"]
+    nothing = lox(hub, tmp_path, *words, HF_HUB_OFFLINE="1")
+    assert nothing.returncode == 1
+    assert "is not in the cache" in nothing.stderr
+    assert lox(hub, tmp_path, *words).returncode == 0
+    right = weights(tmp_path / "out")
+    again = lox(hub, tmp_path, *words[:-1], "again", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert weights(tmp_path / "again") == right
+
+
+def test_a_folder_of_that_name_is_taken_before_the_hub(hub, pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "org" / "base")
+    shutil.copytree(pair[1], tmp_path / "org" / "aligned")
+    words = ["run", "--base", "org/base", "--aligned", "org/aligned", "--out", "out"]
+    assert lox(hub, tmp_path, *words).returncode == 0
+    assert hub.log == []
+
+
+def test_names_of_the_hub_are_told_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("org/name", "meta-llama/Llama-3.1-8B", "org/name@v1.0", "org/name@refs/pr/1"):
+        assert lox_hub.is_hub_id(text), text
+    for text in ("name", "./org/name", "/org/name", "a/b/c", "org/", "../x/y", "~/x"):
+        assert not lox_hub.is_hub_id(text), text
