@@ -125,6 +125,12 @@ def commands() -> None:
         metavar="DIR",
         help="Also write the update as a LoRA adapter, as `lox-stream adapter` does.",
     ),
+    option(
+        FILES,
+        "--push-to",
+        metavar="ORG/NAME",
+        help="Also upload the result to the hub, as a private model, in one commit.",
+    ),
     DTYPE,
     MAX_SHARD_SIZE,
     RANK,
@@ -149,7 +155,16 @@ def commands() -> None:
     TELLING,
 )
 @click.pass_context
-def _run(ctx: click.Context, /, base: Path, aligned: Path, out: str, save_factors: Path | None, **given: Any) -> int:
+def _run(
+    ctx: click.Context,
+    /,
+    base: Path,
+    aligned: Path,
+    out: str,
+    save_factors: Path | None,
+    push_to: str | None,
+    **given: Any,
+) -> int:
     """Write the extrapolated model to a new folder.
 
     \b
@@ -161,7 +176,7 @@ def _run(ctx: click.Context, /, base: Path, aligned: Path, out: str, save_factor
 
     flags, options, alphas = _understood(ctx, given)
     outputs = outputs_of(out, alphas, save_factors, options)
-    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags))
+    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags), push_to)
 
 
 @commands.command("adapter")
@@ -283,6 +298,21 @@ def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, An
     alphas = alphas if isinstance(alphas, tuple) else (alphas,)
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
     return flags, options, alphas
+
+
+@commands.command("push")
+@click.argument("out", type=FOLDER, metavar="OUT")
+@click.argument("name", metavar="ORG/NAME")
+def _push(out: Path, name: str) -> int:
+    """Upload a finished output, or an adapter, to the hub: a private model, in one commit.
+
+    \b
+    Example:
+      lox-stream push llama-lox my-org/llama-lox
+    """
+    from lox_stream.cli_run import push_output
+
+    return push_output(out, name)
 
 
 @commands.command("inspect")

@@ -16,7 +16,7 @@ import click
 
 from lox_stream.adapters import is_adapter
 from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError
-from lox_stream.hub import is_hub_id, local, planned_first
+from lox_stream.hub import is_hub_id, local, planned_first, prepared, push
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import listing, printable
 from lox_stream.options import Options
@@ -96,8 +96,19 @@ def require_adapter(path: Path) -> None:
         )
 
 
-def carry_out(request: Request) -> int:
+def push_output(folder: Path, name: str) -> int:
+    """Upload an output, and say where it is."""
+    with Interruption(lambda: "stopped: the model on the hub is as it was. Go on with the same command"):
+        click.echo(push(folder, name))
+    return 0
+
+
+def carry_out(request: Request, push_to: str | None = None) -> int:
     """Do what was asked and return the exit code; raises LoxError."""
+    if push_to is not None and len(request.outputs) > 1:
+        raise OptionError(
+            "--push-to is given for several outputs, expected one. Push each with `lox-stream push OUT NAME`"
+        )
     if request.assume and not request.dry_run:
         raise OptionError("--assume is what --dry-run predicts with, expected both. Add --dry-run, or leave it out")
     if request.repair and request.dry_run:
@@ -120,6 +131,8 @@ def carry_out(request: Request) -> int:
         if request.dry_run:
             _show_plans(request, made, machine)
             return 0
+        if push_to is not None:
+            prepared(push_to)  # before hours of work: an account, and the right to write
         try:
             summaries = _execute(request, made, interruption)
         except Cancelled:
@@ -127,7 +140,30 @@ def carry_out(request: Request) -> int:
             interruption.leave(interruption.number)
     code = NOT_CONVERGED if any(summary.totals.not_converged for summary in summaries) else 0
     _show_summaries(request, made, summaries, code)
+    if push_to is not None:
+        _pushed(request, push_to, code)
     return code
+
+
+def _pushed(request: Request, name: str, code: int) -> None:
+    """Upload what was written, unless it is to be looked at first."""
+    (folder, _), *_ = request.outputs
+    again = f"lox-stream push {quoted(str(folder))} {quoted(name)}"
+    if code:
+        reason = "some tensor did not reach the tolerance"
+        warn([f"not pushed to {printable(name)}: {reason}. To push it nevertheless: {again}"])
+        return
+    try:
+        address = push(folder, name)
+    except LoxError as error:
+        raise type(error)(_with_way_out(error, again)) from error
+    if not request.quiet:
+        click.echo(f"pushed to {printable(address)}", err=True)
+
+
+def _with_way_out(error: LoxError, again: str) -> Any:
+    text = f"{error}\nThe output itself is finished. Push it with: {again}"
+    return text.split("\n") if isinstance(error, CheckpointError) else text
 
 
 def _plans(request: Request) -> list[Plan]:

@@ -19,9 +19,12 @@ from typing import Any
 
 from lox_stream.adapters import CONFIG as ADAPTER
 from lox_stream.adapters import WEIGHTS
-from lox_stream.errors import CheckpointError, LoxError
+from lox_stream.errors import CheckpointError, LoxError, OutputError
+from lox_stream.journal import version
 from lox_stream.layout import is_index
-from lox_stream.names import printable
+from lox_stream.manifest import read_manifest
+from lox_stream.names import listing, printable
+from lox_stream.output_rules import MANIFEST
 from lox_stream.shards import MAX_HEADER_BYTES
 
 MISSING = (
@@ -187,8 +190,10 @@ def _explained(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
                 f"{_first_line(error)} Connect, or give a folder"
             ]
         ) from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        problem = f"{at}: the hub said: {_first_line(error)} Try again: what was downloaded is kept"
+    except LoxError:
+        raise
+    except Exception as error:  # of its HTTP library, which differs between versions, and its own
+        problem = f"{at}: the hub, or the way to it, failed: {_first_line(error)} Try again: what has arrived is kept"
         raise CheckpointError([problem]) from error
 
 
@@ -208,3 +213,47 @@ def planned_first(*paths: Path) -> Iterator[list[Path] | None]:
 def local(path: Path) -> Path:
     """The folder that a path names, which for a model on the hub is its folder in the cache."""
     return downloaded(path) if is_hub_id(path) else path
+
+
+def prepared(name: str) -> str:
+    """The name of a model on the hub that may be pushed to; it is made there, private, if it was not.
+
+    Raises CheckpointError: no name, no account, no right to write, no network.
+    """
+    hub, (repo, revision) = _library(), _parts(name)
+    if revision is not None:
+        problem = f"{printable(name)}: names a revision, expected org/name: a push makes a new commit of main"
+        raise CheckpointError([problem])
+    with _explained(hub, repo, None):
+        hub.HfApi().create_repo(repo, private=True, exist_ok=True)
+    return repo
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a finished output, or an adapter, to the hub, in one commit; returns its address there.
+
+    One commit: whoever loads the model meanwhile gets all of the old one or all of the new. Weights that the commit
+    does not bring are removed by it. Where it is interrupted nothing has changed; the same call goes on, and does not
+    send again what has arrived. Raises OutputError for a folder that is none, CheckpointError for what the hub says.
+    """
+    said = read_manifest(folder)
+    names = [*said["shards"], *(said.get("files") or {}), MANIFEST]
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise OutputError(f"{folder}: lacks {listing(lost)}, expected what its manifest names. Mend it with --repair")
+    repo = prepared(name)
+    hub = _library()
+    with _explained(hub, repo, None):
+        commit = hub.HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=[_literal(name) for name in names],
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+            commit_message=f"LoX: low-rank extrapolation, by lox-stream {version('lox-stream')}",
+        )
+    return str(commit.repo_url)
+
+
+def _literal(name: str) -> str:
+    """A name as a glob that matches nothing else."""
+    return re.sub(r"([*?\[])", r"[\1]", name)

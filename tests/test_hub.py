@@ -155,3 +155,60 @@ def test_names_of_the_hub_are_told_from_paths(tmp_path, monkeypatch):
         assert lox_hub.is_hub_id(text), text
     for text in ("name", "./org/name", "/org/name", "a/b/c", "org/", "../x/y", "~/x"):
         assert not lox_hub.is_hub_id(text), text
+
+
+TOKEN = {"HF_TOKEN": "hf_" + "x" * 34}
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_pushed_as_a_private_model_in_one_commit(hub, pair, tmp_path):
+    words = ["run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "out", "--push-to", "me/lox"]
+    ran = lox(hub, tmp_path, *words, **TOKEN)
+    assert ran.returncode == 0, ran.stderr
+    assert f"pushed to {hub.url}/me/lox" in ran.stderr
+    assert hub.private == {"me/lox": True}
+    assert hub.pushed["me/lox"] == outputs(tmp_path / "out")
+    hub.pushed["me/lox"]["model-00009-of-00009.safetensors"] = b"of an earlier layout"
+    again = lox(hub, tmp_path, "push", "out", "me/lox", **TOKEN)
+    assert again.returncode == 0, again.stderr
+    assert hub.pushed["me/lox"] == outputs(tmp_path / "out")
+
+
+def test_an_upload_that_breaks_leaves_no_half_model_and_goes_on(pair, tmp_path):
+    with serving(Hub({}, cut=1)) as hub:
+        words = ["run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "out", "--push-to", "me/lox"]
+        broken = lox(hub, tmp_path, *words, **TOKEN)
+        assert broken.returncode == 1
+        assert "The output itself is finished. Push it with: lox-stream push out me/lox" in broken.stderr.replace(
+            "\n ", ""
+        )
+        assert hub.pushed["me/lox"] == {}
+        assert lox(hub, tmp_path, "push", "out", "me/lox", **TOKEN).returncode == 0
+        assert hub.pushed["me/lox"] == outputs(tmp_path / "out")
+
+
+def test_no_right_to_write_is_said_before_the_work(hub, pair, tmp_path):
+    words = ["run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "out", "--push-to"]
+    ran = lox(hub, tmp_path, *words, "forbidden/lox", **TOKEN)
+    assert ran.returncode == 1
+    assert "forbidden/lox: the hub, or the way to it, failed" in ran.stderr
+    assert not (tmp_path / "out").exists()
+    named = lox(hub, tmp_path, *words, "me/lox@v1", **TOKEN)
+    assert "names a revision, expected org/name" in named.stderr
+    several = lox(hub, tmp_path, *words, "me/lox", "--save-factors", "factors", **TOKEN)
+    assert several.returncode == 2
+    nothing = lox(hub, tmp_path, "push", "nowhere", "me/lox", **TOKEN)
+    assert nothing.returncode == 1
+    assert "is not a finished output of lox-stream" in nothing.stderr
+
+
+def test_no_network_is_said(pair, tmp_path):
+    with serving(Hub({})) as gone:
+        pass
+    ran = lox(gone, tmp_path, *RUN)
+    assert ran.returncode == 1
+    assert "org/base: the hub, or the way to it, failed" in ran.stderr
+    assert "bug" not in ran.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+LFS = "application/vnd.git-lfs+json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -20,6 +22,9 @@ class Hub:
     def __init__(self, models: dict[str, Path], *, gated: tuple[str, ...] = (), cut: int = 0) -> None:
         self.models, self.gated = models, gated
         self.cut = cut  # answers of weights that end in the middle, before one is whole
+        self.private: dict[str, bool] = {}
+        self.pushed: dict[str, dict[str, bytes]] = {}  # by model: files of its last commit
+        self.blobs: dict[str, bytes] = {}  # large files by their sha256, which arrive before the commit
         self.log: list[tuple[str, str, str]] = []
         self.lock = threading.Lock()
         self.url = ""
@@ -48,12 +53,78 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.answer(body=True)
 
+        def do_PUT(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            with hub.lock:
+                hub.log.append(("PUT", self.path, ""))
+                cut, hub.cut = hub.cut > 0, max(0, hub.cut - 1)
+            if cut:
+                return self.fail(403, "")
+            hub.blobs[self.path.rpartition("/")[2]] = data
+            return self.send(b"{}", "application/json", body=True)
+
+        def do_POST(self) -> None:
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.path.partition("?")[0]
+            if path == "/api/repos/create":
+                said = json.loads(data)
+                name = f"{said['organization']}/{said['name']}"
+                if said["organization"] == "forbidden":
+                    return self.fail(403, "")
+                hub.pushed.setdefault(name, {})
+                hub.private[name] = said.get("private", said.get("visibility") == "private")
+                return self.send(json.dumps({"url": f"{hub.url}/{name}"}).encode(), "application/json", body=True)
+            if path == "/api/validate-yaml":
+                return self.send(b'{"errors": [], "warnings": []}', "application/json", body=True)
+            if "/preupload/" in path:
+                modes = [
+                    {
+                        "path": one["path"],
+                        "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for one in json.loads(data)["files"]
+                ]
+                return self.send(json.dumps({"files": modes}).encode(), "application/json", body=True)
+            if path.endswith("/info/lfs/objects/batch"):
+                wanted = json.loads(data)["objects"]
+                objects = [
+                    {"oid": one["oid"], "size": one["size"]}
+                    | (
+                        {}
+                        if one["oid"] in hub.blobs
+                        else {"actions": {"upload": {"href": f"{hub.url}/blob/{one['oid']}", "header": {}}}}
+                    )
+                    for one in wanted
+                ]
+                return self.send(json.dumps({"transfer": "basic", "objects": objects}).encode(), LFS, body=True)
+            if "/commit/" in path:
+                name = path.split("/api/models/")[1].split("/commit/")[0]
+                files = hub.pushed[name]
+                for line in map(json.loads, data.decode().splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        files[value["path"]] = hub.blobs[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        files.pop(value["path"])
+                said = {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+                return self.send(json.dumps(said).encode(), "application/json", body=True)
+            return self.fail(404, "")
+
         def answer(self, *, body: bool) -> None:
             path = self.path.partition("?")[0]
             tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
             api = tree or re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
             file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             name, revision = (api or file)[1] if api or file else "", ((api or file)[2] if api or file else None)
+            if name in hub.pushed and api:
+                files = [{"type": "file", "path": one, "size": 1, "oid": "0" * 40} for one in hub.pushed[name]]
+                siblings = [{"rfilename": one["path"]} for one in files]
+                said = files if tree else {"id": name, "sha": COMMIT, "private": True, "siblings": siblings}
+                return self.send(json.dumps(said).encode(), "application/json", body=body)
             if name not in hub.models:
                 return self.fail(401, "RepoNotFound")
             if revision not in (None, "main", "v1", COMMIT):
