@@ -20,11 +20,9 @@ from lox_stream.cli_options import (
     FILES,
     FOLDER,
     GLOBS,
-    GPU,
     HOST,
     MAX_SHARD_SIZE,
     METHOD,
-    MISMATCHES,
     ON_NONFINITE,
     ON_THE_WAY,
     OUT,
@@ -35,6 +33,7 @@ from lox_stream.cli_options import (
     SOLVING,
     SPLIT_FUSED,
     TELLING,
+    THE_REST,
     GroupedCommand,
     alphas_of,
     option,
@@ -148,11 +147,7 @@ def commands() -> None:
     GLOBS,
     SPLIT_FUSED,
     ON_NONFINITE,
-    MISMATCHES,
-    GPU,
-    HOST,
-    ON_THE_WAY,
-    TELLING,
+    THE_REST,
 )
 @click.pass_context
 def _run(
@@ -214,11 +209,7 @@ def _run(
     RECIPE,
     GLOBS,
     ON_NONFINITE,
-    MISMATCHES,
-    GPU,
-    HOST,
-    ON_THE_WAY,
-    TELLING,
+    THE_REST,
 )
 @click.pass_context
 def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target: str, **given: Any) -> int:

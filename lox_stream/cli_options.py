@@ -282,3 +282,4 @@ TELLING = (
     option(SPEAKING, "--json", "as_json", is_flag=True, help="One JSON document on stdout, messages on stderr."),
     option(SPEAKING, "--quiet", is_flag=True, help="Say nothing but errors."),
 )
+THE_REST = (*MISMATCHES, *GPU, *HOST, *ON_THE_WAY, *TELLING)  # of what computes out of a pair

@@ -21,7 +21,8 @@ from torch import Tensor
 from lox_stream.delta import Delta, KeptDelta, operator
 from lox_stream.kernels.cpu import Run
 from lox_stream.options import Options
-from lox_stream.update import ROUNDED, Matrix, Outlet, Sample, Setting, Solved, solve_matrices
+from lox_stream.samples import Sample
+from lox_stream.update import ROUNDED, Matrix, Outlet, Setting, Solved, solve_matrices
 
 Array = npt.NDArray[np.float32]
 

@@ -21,7 +21,8 @@ from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import lowrank_update
 from lox_stream.kernels.cpu import Retained, Run
 from lox_stream.reader import mapped, read_floats
-from lox_stream.update import ROUNDED, Matrix, Sample, Tiles, emit_tiles, lowrank_block, places
+from lox_stream.samples import Sample, places
+from lox_stream.update import ROUNDED, Matrix, Tiles, emit_tiles, lowrank_block
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 NO_SUM = "base holds NaN or Inf, or the sum is beyond its range"  # who asks looks at base

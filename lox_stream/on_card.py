@@ -22,13 +22,13 @@ from lox_stream.delta import NotFinite
 from lox_stream.errors import DeviceError
 from lox_stream.kernels import GPUKernels, Run
 from lox_stream.lending import Budget, Lanes
+from lox_stream.samples import Sample
 from lox_stream.update import (
     Emit,
     Matrix,
     Outcome,
     Outcomes,
     Outlet,
-    Sample,
     Solved,
     UpdateAway,
     begin_away,

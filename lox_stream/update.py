@@ -17,82 +17,20 @@ from lox_stream.kernels import GPUKernels, fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
 from lox_stream.operators import FLOAT32_SCALE, FLOAT64_SCALE, power_of_two, upload
 from lox_stream.options import Options, alpha_solved_for
+from lox_stream.samples import Sample, norm_of
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
-SAMPLED_RUNS, SAMPLED_RUN = 128, 64  # of consecutive elements
 OUT_SLOT, KEPT_SLOT = 3, 4  # of a thread's scratch memory; the kernels have those before
-LOWEST_EXPONENT = -1100  # below those of all float64 numbers
-MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean |x| / rms x
 RELATIVE_CAP = 5e-4  # relative error of the rank-k part that 16-bit outputs may have, however coarse their grid: an
 # element where W1 is near zero has a fine grid of its own, and six deviations of this are within one step of it
-UNDER_UPDATE = 3.0  # flips where |W1| is below the update's rms, against those at its grid: the update may be small too
 WIDE_TOLERANCE = 1e-5  # relative error of the rank-k part, for float32 and float64 outputs
 ROUNDED = (torch.bfloat16, torch.float16)  # outputs whose elements are compared one by one
-FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 Emit = Callable[[int, Tensor], None]  # emit(index of the tile's first element in the matrix, tile)
 Take = Callable[[Tensor, Tensor], None]  # take(B (m, r), A (r, n)): the rank-k part of delta is B A
 Block = Callable[[slice, slice, Tensor, int], Retained]  # block(rows, columns, out, index in the tensor of the first)
 Outcome = MatrixFacts | NotFinite
 Outcomes = tuple[Outcome, ...]  # of a matrix: one for each of its outlets
-
-
-class Sample:
-    """Some elements of W1 and delta at fixed places: sizes, and how coarse the grid of the output's `dtype` is."""
-
-    def __init__(self, w1: Tensor, w0: Tensor, dtype: torch.dtype) -> None:
-        wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
-        some = _some(w1).to(wide)
-        delta = some - _some(w0).to(wide)
-        self.delta_rms = _norm(delta) / math.sqrt(delta.numel())
-        self.weight_norm = _norm(some) * math.sqrt(w1.numel() / some.numel())
-        finfo = torch.finfo(dtype)
-        self._eps, self._tiny = finfo.eps, finfo.tiny
-        exponents = torch.where(some == 0, LOWEST_EXPONENT, torch.frexp(some)[1]).clamp_(LOWEST_EXPONENT)
-        lowest = int(exponents.min())
-        counts = torch.bincount(exponents - lowest).tolist()
-        self._exponents: list[tuple[int, float]] = [
-            (lowest + e, count / some.numel()) for e, count in enumerate(counts) if count
-        ]
-
-    def share(self, error_rms: float, update_rms: float) -> float:
-        """Predicted share of output elements that `error_rms` moves to another value.
-
-        An error e flips an element with probability |e| / ulp, ulp being the spacing of the output's dtype at
-        max(|W1|, update), finer below that (UNDER_UPDATE); e is taken as normal and independent of W1. The second term
-        is what float32 arithmetic alone does, for a float64 oracle as well.
-        """
-        finest = math.frexp(self._tiny)[1]
-        lowest = max(math.frexp(update_rms)[1], finest)
-        finer = min(UNDER_UPDATE, 1 + 0.4 * (lowest - finest))  # 0.4 for each binade below, down to the subnormals
-        error = MEAN_OF_NORMAL * error_rms / self._eps
-        flips: float = sum(
-            part * min(1.0, error * 2.0 ** (1 - max(e, lowest)) * (1.0 if e >= lowest else finer))
-            for e, part in self._exponents
-        )
-        return flips + 0.5 * FLOAT32_EPS / self._eps
-
-
-def _some(weight: Tensor) -> Tensor:
-    """Short runs at even distances: an element here and there would cost a page fault and a line of the cache each."""
-    flat = weight.reshape(-1)
-    runs, length = _runs(flat.numel())
-    return flat.as_strided((runs, length), (flat.numel() // runs, 1)).reshape(-1)
-
-
-def places(count: int) -> Tensor:
-    """The indices of the elements that a sample of `count` looks at."""
-    runs, length = _runs(count)
-    return (torch.arange(runs)[:, None] * (count // runs) + torch.arange(length)).view(-1)
-
-
-def _runs(count: int) -> tuple[int, int]:
-    runs = min(SAMPLED_RUNS, -(-count // SAMPLED_RUN))
-    return runs, min(SAMPLED_RUN, count // runs)
-
-
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +370,7 @@ def _take_delta(take: Take, w1: Tensor, w0: Tensor) -> float:
         raise NotFinite(first_not_finite(w1, w0))
     identity = torch.eye(min(delta.shape), dtype=wide)
     take(*((identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)))
-    return _norm(delta)
+    return norm_of(delta)
 
 
 @dataclass(frozen=True, slots=True)

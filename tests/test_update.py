@@ -16,8 +16,9 @@ from lox_stream.errors import Cancelled
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import in_order
 from lox_stream.options import Options
+from lox_stream.samples import Sample
 from lox_stream.synthetic import matrix, pair_of, power_law
-from lox_stream.update import Matrix, Outlet, Sample, Setting, extrapolate_matrices, extrapolate_matrix
+from lox_stream.update import Matrix, Outlet, Setting, extrapolate_matrices, extrapolate_matrix
 
 SPEC = importlib.util.spec_from_file_location("lox_oracle", Path(__file__).parents[1] / "benchmarks" / "oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
