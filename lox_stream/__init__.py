@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ResumeError,
     )
     from lox_stream.options import Options
-    from lox_stream.planning import Plan, Step, plan
+    from lox_stream.planning import Plan, Step, plan, plan_all
     from lox_stream.streaming import Extrapolated, stream
     from lox_stream.streaming import Extrapolated as open
     from lox_stream.svd import TruncatedSVD, truncated_svd
@@ -57,13 +57,14 @@ __all__ = [
     "extrapolate_tensor",
     "open",
     "plan",
+    "plan_all",
     "stream",
     "truncated_svd",
 ]
 _MODULES = {
     "api": ("Progress", "Summary", "execute", "execute_all", "extrapolate"),
     "options": ("Options",),
-    "planning": ("Plan", "Step", "plan"),
+    "planning": ("Plan", "Step", "plan", "plan_all"),
     "streaming": ("Extrapolated", "open", "stream"),
     "svd": ("TruncatedSVD", "truncated_svd"),
     "tensors": ("extrapolate_tensor",),

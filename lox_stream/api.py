@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from lox_stream.carrying import LeftOut
 from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
+from lox_stream.facts import TensorFacts
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step, output_bytes, written_names
 from lox_stream.options import Options, check_platform, check_ways
 from lox_stream.pipeline import Finished, compute_all
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.remarks import changed_bytes, run_warnings
-from lox_stream.repairing import survey
+from lox_stream.repairing import finished_before, survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
 from lox_stream.sinks import Way
 from lox_stream.verifying import Check
@@ -119,25 +120,41 @@ def execute_all(
     plans = [settled(plan) for plan in plans]
     started = time.monotonic()
     cancel = cancel or threading.Event()
+    before = [finished_before(plan) if resume and not repair and len(plans) > 1 else None for plan in plans]
+    if all(facts is not None for facts in before):
+        before = [None] * len(plans)  # and so say what is said of one
     with contextlib.ExitStack() as stack:
-        outputs = [
-            stack.enter_context(
-                Output(
-                    plan,
-                    resume=resume,
-                    overwrite=overwrite,
-                    look=_Looking(plan, progress, cancel) if repair else None,
-                )
+        works = [
+            _Work(
+                plan,
+                stack.enter_context(
+                    Output(
+                        plan,
+                        resume=resume,
+                        overwrite=overwrite,
+                        look=_Looking(plan, progress, cancel) if repair else None,
+                    )
+                ),
             )
-            for plan in plans
+            for plan, facts in zip(plans, before, strict=True)
+            if facts is None
         ]
-        works = [_Work(plan, output) for plan, output in zip(plans, outputs, strict=True)]
         going = [work for work in works if not work.output.has_nothing_to_do]
         if going:
             _compute(
                 going, _Reporter(plans, [step for work in works for step in work.steps], progress, started), cancel
             )
-        return [work.published(started) for work in works]
+        published = iter([work.published(started) for work in works])
+        return [
+            next(published) if facts is None else _left(plan, facts) for plan, facts in zip(plans, before, strict=True)
+        ]
+
+
+def _left(plan: Plan, facts: Mapping[str, TensorFacts]) -> Summary:
+    """Of an output that an earlier session finished."""
+    assert plan.out is not None, "a plan that writes has a folder"
+    warnings = (*plan.warnings, f"{plan.out}: was finished before, and is left as it is")
+    return Summary(plan.out, totals(facts.values()), 0.0, 0, 0, warnings, left_out=plan.left_out)
 
 
 def _compute(works: Sequence[_Work], report: _Reporter, cancel: threading.Event) -> None:

@@ -21,7 +21,7 @@ from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import listing, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
-from lox_stream.planning import Plan, plan, plan_summary
+from lox_stream.planning import Plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
@@ -167,19 +167,15 @@ def _with_way_out(error: LoxError, again: str) -> Any:
 
 
 def _plans(request: Request) -> list[Plan]:
-    return [
-        plan(
-            request.base,
-            request.aligned,
-            folder,
-            options=options,
-            resume=request.resume,
-            overwrite=request.overwrite,
-            repair=request.repair,
-            dry=request.dry_run,
-        )
-        for folder, options in request.outputs
-    ]
+    return plan_all(
+        request.base,
+        request.aligned,
+        request.outputs,
+        resume=request.resume,
+        overwrite=request.overwrite,
+        repair=request.repair,
+        dry=request.dry_run,
+    )
 
 
 def _here(request: Request, stack: ExitStack) -> Request:

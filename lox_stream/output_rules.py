@@ -27,6 +27,11 @@ def output_names(aligned: Checkpoint) -> tuple[str, ...]:
     return (*names, *(name + PARTIAL for name in names))
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a finished output, and no run that goes on."""
+    return (out / MANIFEST).exists() and not (out / JOURNAL).exists()
+
+
 def output_problems(
     out: Path,
     base: Path,

@@ -19,8 +19,8 @@ from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
+from lox_stream.output_rules import is_finished, output_problems
 from lox_stream.output_rules import output_names as names_written
-from lox_stream.output_rules import output_problems
 from lox_stream.quantisation import quantised_tensors
 from lox_stream.regions import matrix_count, parts_of_each
 from lox_stream.rewriting import output_dtypes, rewritten
@@ -116,6 +116,35 @@ def plan(
     return Plan(opened_base, opened_aligned, written, target, options, steps, tuple(warnings), left_out)
 
 
+def plan_all(
+    base: str | Path,
+    aligned: str | Path,
+    outputs: Sequence[tuple[str | Path, Options]],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    repair: bool = False,
+    dry: bool = False,
+) -> list[Plan]:
+    """A plan for each of several outputs of one pair (folders with their options), for `execute_all`.
+
+    As `plan`, but an output that is finished already is no reason not to resume the others.
+    """
+    finished = [is_finished(Path(out)) if resume and len(outputs) > 1 else False for out, _ in outputs]
+    some = not all(finished)
+    return [
+        plan(
+            *(base, aligned, out),
+            options=options,
+            resume=resume,
+            overwrite=overwrite,
+            repair=repair or (done and some),  # whose rules let a finished one be
+            dry=dry,
+        )
+        for (out, options), done in zip(outputs, finished, strict=True)
+    ]
+
+
 def _as_written(step: Step, written: Checkpoint) -> Step:
     dtype = written.tensors[step.name].dtype
     return step if dtype == step.aligned.dtype else replace(step, dtype=dtype)
@@ -130,7 +159,13 @@ def memory_needed(step: Step, options: Options) -> int:
         return costs.factors_bytes(step.m, step.n, step.factors.rank)
     if step.action != "extrapolate":
         return 0
-    return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step)
+    return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step) + _taken(step)
+
+
+def _taken(step: Step) -> int:
+    """Of an adapter: the factors as they are stored, twice; and delta itself where that has no more than their rank."""
+    whole = step.m * step.n if step.rank >= min(step.m, step.n) else 0
+    return sum(info.n_bytes for pair in step.pairs for info in (pair.a, pair.b)) * 2 + bool(step.pairs) * whole * 8
 
 
 def _wide_bytes(step: Step) -> int:

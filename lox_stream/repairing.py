@@ -18,7 +18,7 @@ from lox_stream.journal import Replay, byte_options, identity, tensor_facts
 from lox_stream.manifest import read_manifest
 from lox_stream.matching import whole_pairs
 from lox_stream.names import printable
-from lox_stream.output_rules import MANIFEST
+from lox_stream.output_rules import MANIFEST, is_finished
 from lox_stream.planning import Plan
 from lox_stream.resuming import Damage, Survey, agreed, resumable
 from lox_stream.sampling import options_of
@@ -61,6 +61,21 @@ def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
     sums = {damage.name: known[damage.name].checksum for damage in damaged if damage.name in known}
     now = Replay(identity(plan), state.sessions, right)
     return Survey(now, whole, tuple(damaged), sums, complete, tuple(warnings))
+
+
+def finished_before(plan: Plan) -> dict[str, TensorFacts] | None:
+    """The facts of an output that an earlier session of the same run finished; None where there is none.
+
+    What lies there is not read. Raises ResumeError for the output of another run, OutputError for a manifest that was
+    changed.
+    """
+    assert plan.out is not None, "a plan that writes has a folder"
+    if not is_finished(plan.out):
+        return None
+    _seal(plan.out)
+    state = _state_of(plan, read_manifest(plan.out))
+    agreed(plan, state.header)
+    return dict(state.finished)
 
 
 def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: Seen) -> list[Damage]:

@@ -16,7 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lox_stream import Cancelled, CheckpointError, DataError, Options, OutputError, extrapolate, plan, update
+from lox_stream import (
+    Cancelled,
+    CheckpointError,
+    DataError,
+    Options,
+    OutputError,
+    ResumeError,
+    extrapolate,
+    plan,
+    plan_all,
+    update,
+)
 from lox_stream.adapters import _scaling
 from lox_stream.api import execute_all
 from lox_stream.carrying import _times
@@ -26,6 +37,7 @@ from lox_stream.output_rules import JOURNAL
 from lox_stream.recomputing import compare_all
 from lox_stream.sampling import choose_sample
 from lox_stream.synthetic import llama_shapes, pair_of, write_pair
+from lox_stream.writer import Output
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 40}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "vocab_size": 40}
@@ -300,6 +312,43 @@ def test_a_run_of_several_outputs_that_was_stopped_goes_on_to_the_same_bytes(tmp
     execute_all([plan(*pair, out, options=options, resume=True) for out, options in parts.items()], resume=True)
     for name in ways:
         assert weights(tmp_path / name) == weights(whole[name])
+
+
+def test_a_crash_between_the_publishing_of_two_outputs_is_gone_on_with(tmp_path, monkeypatch):
+    """The first one is finished and left as it is; the other is made from its journal."""
+    pair = make(tmp_path, "llama, tied")
+    ways = {name: Options(alpha=alpha, solved_for=1.25) for name, alpha in (("a", 0.5), ("b", 1.25))}
+    whole = {name: extrapolate(*pair, tmp_path / f"whole {name}", options=ways[name]).out for name in ways}
+    real = Output.publish
+
+    def crash(self, documents):
+        if self.folder.name == "b":
+            raise OutputError("a crash")
+        real(self, documents)
+
+    def run(**how):
+        return execute_all(plan_all(*pair, [(tmp_path / name, ways[name]) for name in ways], **how), **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "publish", crash)
+        with pytest.raises(OutputError, match="a crash"):
+            run()
+    assert (tmp_path / "a" / "lox_stream.json").exists()
+    before = (tmp_path / "a" / "lox_stream.json").read_bytes()
+    left, made = run(resume=True)
+    assert "was finished before, and is left as it is" in left.warnings[-1]
+    assert left.totals.retention == pytest.approx(0.5, abs=0.5)
+    assert made.written_bytes == 0, "all of its tensors were journaled"
+    for name in ways:
+        assert weights(tmp_path / name) == weights(whole[name])
+    assert (tmp_path / "a" / "lox_stream.json").read_bytes() == before
+    with pytest.raises(OutputError, match="There is nothing to resume"):
+        run(resume=True)
+    (tmp_path / "b" / "lox_stream.json").unlink()
+    (tmp_path / "b" / "model.safetensors").unlink()
+    other = plan_all(*pair, [(tmp_path / name, Options(alpha=9.0)) for name in ways], resume=True)
+    with pytest.raises(ResumeError, match="this is another run"):
+        execute_all(other, resume=True)
 
 
 def test_half_a_pair_of_factors_is_made_again(tmp_path):

@@ -375,7 +375,7 @@ def test_what_nobody_foresaw_is_a_message_and_exit_1(pair, tmp_path, monkeypatch
     def fails(*args: object, **named: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli_run, "plan", fails)
+    monkeypatch.setattr(cli_run, "plan_all", fails)
     result = run(pair, tmp_path / "out")
     assert result.exit_code == 1
     assert said in result.stderr
@@ -387,7 +387,7 @@ def test_an_error_of_python_itself_is_one_of_memory_where_that_is_limited(pair, 
     def fails(*args: object, **named: object) -> None:
         raise SystemError("error return without exception set")
 
-    monkeypatch.setattr(cli_run, "plan", fails)
+    monkeypatch.setattr(cli_run, "plan_all", fails)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
     result = run(pair, tmp_path / "out")
     assert ("not enough memory: this process may map 1024 MiB" in result.stderr) == (limit == 1 << 30)
