@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lox_stream.options import Options
     from lox_stream.planning import Plan, Step, plan, plan_all
     from lox_stream.streaming import Extrapolated, stream
-    from lox_stream.streaming import Extrapolated as open
+    from lox_stream.streaming import Extrapolated as open  # noqa: F401  no part of `import *`
     from lox_stream.svd import TruncatedSVD, truncated_svd
     from lox_stream.tensors import extrapolate_tensor
 
@@ -55,7 +55,6 @@ __all__ = [
     "execute_all",
     "extrapolate",
     "extrapolate_tensor",
-    "open",
     "plan",
     "plan_all",
     "stream",
@@ -69,7 +68,9 @@ _MODULES = {
     "svd": ("TruncatedSVD", "truncated_svd"),
     "tensors": ("extrapolate_tensor",),
 }
-_HOME = dict.fromkeys(__all__, "errors") | {name: module for module, names in _MODULES.items() for name in names}
+_HOME = dict.fromkeys([*__all__, "open"], "errors") | {
+    name: module for module, names in _MODULES.items() for name in names
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -80,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, "open"]

@@ -65,15 +65,22 @@ def match_adapter(
 
 
 def _once(adapter: Adapter, called: Mapping[str, TensorInfo], leaders: Mapping[str, str]) -> Adapter:
-    """The adapter without the factors of a tied head that are those of its embedding, which changes with it."""
+    """The adapter without the factors of a head that it has under another name too, or that its embedding has.
+
+    A tied head changes with its embedding.
+    """
     embeddings = [module for module in adapter.modules if module.embeds]
+    heads = [module for module in adapter.modules if matches(f"{module.name}.weight", HEADS)]
 
     def repeated(module: Module) -> bool:
         name = f"{module.name}.weight"
         home = _home(name, called)
         if not matches(name, HEADS) or (home is not None and home.name not in leaders):
             return False
-        return any(_same_turned(module.a, one.b) and _same_turned(module.b, one.a) for one in embeddings)
+        again = home is None and any(
+            one is not module and _alike(module.a, one.a) and _alike(module.b, one.b) for one in heads
+        )
+        return again or any(_same_turned(module.a, one.b) and _same_turned(module.b, one.a) for one in embeddings)
 
     return replace(adapter, modules=tuple(module for module in adapter.modules if not repeated(module)))
 

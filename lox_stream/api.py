@@ -17,9 +17,10 @@ from lox_stream.facts import TensorFacts
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step, output_bytes, written_names
 from lox_stream.options import Options, check_platform, check_ways
+from lox_stream.output_rules import is_new
 from lox_stream.pipeline import Finished, compute_all
 from lox_stream.planning import DEFAULTS, Plan, plan
-from lox_stream.remarks import changed_bytes, run_warnings
+from lox_stream.remarks import changed_bytes, plan_warnings, run_warnings
 from lox_stream.repairing import finished_before, survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
 from lox_stream.sinks import Way
@@ -132,7 +133,7 @@ def execute_all(
                         plan,
                         resume=resume,
                         overwrite=overwrite,
-                        look=_Looking(plan, progress, cancel) if repair else None,
+                        look=_Looking(plan, progress, cancel) if repair and not _is_made_new(plan, plans) else None,
                     )
                 ),
             )
@@ -148,6 +149,11 @@ def execute_all(
         return [
             next(published) if facts is None else _left(plan, facts) for plan, facts in zip(plans, before, strict=True)
         ]
+
+
+def _is_made_new(plan: Plan, plans: Sequence[Plan]) -> bool:
+    """Whether it is an output of several that is not there: nothing to repair."""
+    return len(plans) > 1 and plan.out is not None and is_new(plan.out)
 
 
 def _left(plan: Plan, facts: Mapping[str, TensorFacts]) -> Summary:
@@ -191,7 +197,7 @@ class _Work:
             elapsed_s = time.monotonic() - started
             return Summary(output.folder, totals(output.finished.values()), elapsed_s, 0, 0, warnings, repaired=())
         found = (*changed_bytes(output.survey, output.finished), *run_warnings(output.finished.values(), plan.options))
-        warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *found)
+        warnings = (*plan.warnings, *output.warnings, *changed_inputs(plan), *plan_warnings(plan), *found)
         elapsed_s = time.monotonic() - started
         output.publish(
             written_documents(

@@ -38,6 +38,7 @@ WITH_HEAD = (  # embeddings whose head is tied to them, where the files have the
     *("model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "gpt_neox.embed_in.weight"),
     *("transformer.wte.weight", "transformer.word_embeddings.weight"),
 )
+ALSO_CALLED = {"embed_out": ("lm_head",)}  # by transformers 5, once it is loaded; PEFT passes over a name that is none
 HEAD_OF = {"whisper": "proj_out", "gpt_neox": "embed_out"}  # by the kind of model; of all others it is lm_head
 TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
@@ -46,6 +47,7 @@ TASKS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
+NOT_PAIRED = {"missing": "a matrix that base lacks", "other shape": "a matrix of another shape in base"}  # by a reason
 NO_ALPHA = 1.0  # that is folded into the factors: none
 
 
@@ -63,15 +65,12 @@ def as_adapter(
     """The adapter's file in place of aligned's, the steps that write it, what it leaves out, and problems."""
     problems = _problems(steps)
     changed = [step for step in steps if step.action == "extrapolate"]
-    reasons = {step.name: _refusal(step, aligned, options) for step in changed}
+    reasons = {step.name: NOT_PAIRED[step.reason] for step in steps if step.reason in NOT_PAIRED}
+    reasons |= {step.name: _refusal(step, aligned, options) for step in changed}
     carried = [step for step in changed if not reasons[step.name]]
     left = tuple(LeftOut(name, reason) for name, reason in reasons.items() if reason)
     if not carried and not problems:
-        problems.append(
-            "no tensor that an adapter can carry is extrapolated"
-            + (f": left out are {listing(one.name for one in left)} ({left[0].reason})" if left else "")
-            + "; expected one at least. Look at the plan of `lox-stream run --dry-run`"
-        )
+        problems.append(_nothing(steps, left))
     if problems:
         return aligned, (), left, problems
     rank = max(min(step.rank, step.m, step.n) for step in carried)
@@ -92,13 +91,24 @@ def as_adapter(
     return written, placed, left, []
 
 
+def _nothing(steps: Iterable[Step], left: Sequence[LeftOut]) -> str:
+    """That there is nothing to carry, and why."""
+    if any(step.reason == "alpha 0" for step in steps):
+        return "--alpha is 0, and an adapter that adds nothing is none; expected another factor. 1.25 is the paper's"
+    why = f": left out are {listing(one.name for one in left)} ({left[0].reason})" if left else ""
+    return (
+        f"no tensor that an adapter can carry is extrapolated{why}; expected one at least. Look at what `lox-stream "
+        "run --dry-run` says of the tensors, and at --only and --skip"
+    )
+
+
 def adapter_warnings(steps: Sequence[Step], options: Options) -> list[str]:
     """What a person should know who loads an adapter."""
     warnings = [
         f"{printable(step.name)}: is tied to {step.pairs[1].module} and the adapter changes both, as PEFT uses them; "
         "PEFT's merge_and_unload() would add the change twice to the one weight: merge with `lox-stream apply`"
         for step in steps
-        if len(step.pairs) > 1
+        if _is_with_head(step)
     ]
     experts = [step.name for step in steps if matches(step.name, EXPERTS)]
     if experts and options.form == "peft":
@@ -191,9 +201,16 @@ def _has_hidden_head(aligned: Checkpoint) -> bool:
 def _modules(step: Step, aligned: Checkpoint) -> list[str]:
     """The modules that a step's update belongs to: with an embedding the head that is tied to it."""
     own = step.name.removesuffix(".weight")
-    if step.name not in WITH_HEAD or not _has_hidden_head(aligned):
-        return [own]
-    return [own, HEAD_OF.get(str(aligned.config.get("model_type")), "lm_head")]
+    head = HEAD_OF.get(str(aligned.config.get("model_type")), "lm_head")
+    heads = [head, *ALSO_CALLED.get(head, ())]
+    if own in heads:
+        return heads
+    return [own, *heads] if step.name in WITH_HEAD and _has_hidden_head(aligned) else [own]
+
+
+def _is_with_head(step: Step) -> bool:
+    """Whether it is an embedding whose factors are also those of the head that is tied to it."""
+    return len(step.pairs) > 1 and ".lora_embedding_" in step.pairs[0].a.name
 
 
 def _pair(step: Step, module: str, rank: int, aligned: Checkpoint, options: Options) -> Pair:
@@ -224,7 +241,7 @@ def adapter_config(aligned: Checkpoint, steps: Sequence[Step], options: Options)
     alphas = {pair.module: options_for(step.seed_name, options).alpha for step, pair in pairs}
     usual = options.alpha if options.alpha in alphas.values() else next(iter(alphas.values()))
     others = {} if vllm else {name: _times(alpha, rank) for name, alpha in alphas.items() if alpha != usual}
-    tied = any(len(step.pairs) > 1 for step in steps)
+    tied = any(map(_is_with_head, steps))
     return {
         "peft_type": "LORA",
         "task_type": _task(aligned.config),

@@ -39,7 +39,7 @@ from lox_stream.cli_options import (
     option,
     with_options,
 )
-from lox_stream.errors import OptionError
+from lox_stream.errors import LoxError, OptionError
 from lox_stream.messages import guarded
 from lox_stream.options import Options, check_platform
 
@@ -170,6 +170,7 @@ def _run(
     from lox_stream.cli_run import carry_out, outputs_of, request_for
 
     flags, options, alphas = _understood(ctx, given)
+    options = replace(options, form="weights", factor_dtype=DEFAULTS.factor_dtype)  # a recipe may be an adapter's
     outputs = outputs_of(out, alphas, save_factors, options)
     return carry_out(request_for(ctx.obj, base, aligned, outputs, flags), push_to)
 
@@ -227,8 +228,10 @@ def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target
     flags, options, alphas = _understood(ctx, given)
     if len(alphas) > 1:
         raise OptionError("--alpha names several factors, expected one: an adapter's can be set anew when it is used")
-    form: Any = target
-    outputs = [(out, replace(options, alpha=alphas[0], form=form))]
+    form: Any = options.form if options.form != "weights" and not _typed(ctx, "target") else target
+    options = replace(options, rounding=DEFAULTS.rounding, seed=DEFAULTS.seed, dtype="same", max_shard_size=0)
+    place = Path(str(out).replace("{alpha}", f"{alphas[0]:g}"))
+    outputs = [(place, replace(options, alpha=alphas[0], form=form))]
     return carry_out(request_for(ctx.obj, base, aligned, outputs, flags))
 
 
@@ -263,14 +266,23 @@ def _apply(ctx: click.Context, /, adapter: Path, aligned: Path, out: Path, alpha
     Example:
       lox-stream apply --adapter llama-lox-adapter --aligned llama-instruct --out llama-lox --alpha 0.8
     """
-    from lox_stream.cli_run import carry_out, request_for, require_adapter
+    from lox_stream.cli_run import carry_out, in_words_of_apply, request_for, require_adapter, require_model
     from lox_stream.hub import local
 
     flags = {name: given.pop(name) for name in FLAGS}
     adapter = local(adapter)
     require_adapter(adapter)
+    require_model(aligned)
     options = Options(alpha=0.0, scaling=alpha, memory_bytes=given.pop("memory"), **given)
-    return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags))
+    try:
+        return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags))
+    except LoxError as error:
+        raise in_words_of_apply(error) from error
+
+
+def _typed(ctx: click.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    return ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
 def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, Any], Options, tuple[float, ...]]:
@@ -282,9 +294,7 @@ def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, An
         from lox_stream.recipes import read_recipe
 
         found = read_recipe(recipe)
-        known = {*given, "recipe"}
-        typed = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-        given |= {name: value for name, value in found.items() if name not in typed and name in known}
+        given |= {name: value for name, value in found.items() if name not in given or not _typed(ctx, name)}
     alphas = given.pop("alpha")
     alphas = alphas if isinstance(alphas, tuple) else (alphas,)
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)

@@ -84,12 +84,12 @@ def alphas_of(text: str) -> tuple[float, ...]:
     found: list[float] = []
     for word in text.split(","):
         try:
-            value = float(word)
+            value = float(word) + 0.0  # of which -0 is 0
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise OptionError(
-                f"--alpha is {printable(word)}, expected a finite number, or several with commas such as 0.5,1,1.25; "
+                f"--alpha is {printable(text)}, expected a finite number, or several with commas such as 0.5,1,1.25; "
                 "1.25 is the paper's"
             )
         if value in found:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lox_stream.api import Summary
 
 
+OF_ALIGNED = "is the folder of aligned"
 PLACEHOLDER = "{alpha}"  # in the name of an output's folder
 
 
@@ -74,14 +77,17 @@ def outputs_of(out: str, alphas: Sequence[float], factors: Path | None, options:
             f"--out 'out-{PLACEHOLDER}'"
         )
     largest = max(alphas, key=abs)
-    options = replace(options, solved_for=largest if len(alphas) > 1 else 0.0)
+    if len(alphas) > 1:
+        options = replace(options, solved_for=largest)
     outputs = [(Path(out.replace(PLACEHOLDER, f"{alpha:g}")), replace(options, alpha=alpha)) for alpha in alphas]
     if factors is not None:
-        outputs.append((factors, replace(options, alpha=largest, form="peft", max_shard_size=0)))
+        place = Path(str(factors).replace(PLACEHOLDER, f"{largest:g}"))
+        outputs.append((place, replace(options, alpha=largest, form="peft", max_shard_size=0)))
     places = [folder.absolute() for folder, _ in outputs]
-    twice = next((place for number, place in enumerate(places) if place in places[:number]), None)
-    if twice is not None:
-        raise OptionError(f"{printable(twice)}: is asked for twice, expected a folder of its own for each output")
+    for one, other in itertools.permutations(places, 2):
+        if one.is_relative_to(other):
+            where = "is asked for twice" if one == other else f"lies inside {printable(other)}, another output"
+            raise OptionError(f"{printable(one)}: {where}; expected a folder of its own for each output")
     return outputs
 
 
@@ -94,6 +100,24 @@ def require_adapter(path: Path) -> None:
                 "PEFT or `lox-stream adapter` saves them. Check the path"
             ]
         )
+
+
+def require_model(path: Path) -> None:
+    """Raise CheckpointError for an adapter where a model is asked for."""
+    if is_adapter(path):
+        raise CheckpointError(
+            [
+                f"aligned: {printable(path)}: holds an adapter, expected the model that --adapter changes. Merge it "
+                "into its own model first: lox-stream apply --adapter DIR --aligned MODEL --out DIR"
+            ]
+        )
+
+
+def in_words_of_apply(error: LoxError) -> LoxError:
+    """An error of a run on a base and an adapter, as who typed --aligned and --adapter understands it."""
+    lines = [re.sub(r"^base: ", "aligned: ", line) for line in str(error).split("\n")]
+    text = "\n".join(lines).replace("give that as aligned", "use that").replace("is the folder of base", OF_ALIGNED)
+    return CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)
 
 
 def push_output(folder: Path, name: str) -> int:

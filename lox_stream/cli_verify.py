@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lox_stream.errors import OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.messages import echo_json, escaped
 from lox_stream.names import printable
@@ -37,6 +38,8 @@ class _Reach:
 def check_output(out: Path, inputs: tuple[Path, Path] | None, *, count: int, seed: int, as_json: bool) -> int:
     """Check an output and return the exit code: 0 when everything is right, 1 when something is not."""
     with Interruption(lambda: "stopped"):
+        if not out.exists():
+            raise OutputError(f"{printable(out)}: no such file or folder, expected an output. Check the path")
         if inputs is not None:
             planned_again(folder_of(out), *inputs)  # inputs that are others are said before every byte was read
         checks = _checksums(out)

@@ -14,6 +14,7 @@ import torch
 
 from lox_stream import files
 from lox_stream.device import driver, missing, without_triton
+from lox_stream.errors import OutputError
 from lox_stream.installed import Finding
 from lox_stream.journal import version
 
@@ -81,13 +82,15 @@ def _extra(extra: str, what: str, packages: tuple[str, ...]) -> Finding:
     lacking = [package for package in packages if version(package) == "unknown"]
     if lacking:
         return Finding(
-            f"[{extra}]", "note", f"{what}: without {', '.join(lacking)}", f"pip install 'lox-stream[{extra}]'"
+            f"[{extra}]", "note", f"{what}: without {', '.join(lacking)}", f"pip install {' '.join(lacking)}"
         )
     return Finding(f"[{extra}]", "ok", f"{what}: {', '.join(f'{name} {version(name)}' for name in packages)}")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     """Free space, locks, and how fast a file is written, synced and read again from the disk."""
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: is no folder, expected one that exists, where outputs would be written")
     with files.explained(folder, "look at the folder", "Give a folder that exists: lox-stream doctor DIR"):
         free_bytes = shutil.disk_usage(folder).free
         yield Finding("free space", "ok", f"{free_bytes / 1e9:.1f} GB in {folder}")

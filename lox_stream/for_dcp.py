@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lox_stream.errors import CheckpointError, OutputError
+from lox_stream.errors import CheckpointError, DataError, OutputError
 from lox_stream.layout import INDEX_SUFFIX
 from lox_stream.names import listing, printable
 from lox_stream.rewriting import balanced
@@ -56,13 +57,17 @@ class DcpTensors(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
+        """Raises KeyError for a name that is none, DataError for a file that cannot be read."""
         said = self._known[name]
         tensor = torch.empty(said.size, dtype=said.properties.dtype)
-        load(
-            {self._prefix + name: tensor},
-            storage_reader=FileSystemReader(self.folder),
-            no_dist=True,
-        )
+        try:
+            load({self._prefix + name: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
+        except (Exception, CheckpointException) as error:  # torch's own has the traceback of each rank in its text
+            last = " ".join(str(error).strip().splitlines()[-1:])
+            raise DataError(
+                f"{printable(self.folder)}: {printable(name)} cannot be read: {printable(last)}. Copy the checkpoint "
+                "again"
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:

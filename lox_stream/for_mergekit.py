@@ -10,7 +10,10 @@ from lox_stream.errors import LoxError, OptionError
 from lox_stream.options import Options
 from lox_stream.tensors import extrapolate_tensor
 
-MISSING = "mergekit is not installed, or older than 0.1.5; expected it. Install it: pip install 'lox-stream[mergekit]'"
+MISSING = (
+    "mergekit is not installed, or older than 0.1.5; expected it. Install it, which is the extra [mergekit]: "
+    "pip install 'mergekit>=0.1.5,<0.2'"
+)
 
 
 def lox_method() -> Any:

@@ -28,7 +28,8 @@ from lox_stream.output_rules import MANIFEST
 from lox_stream.shards import MAX_HEADER_BYTES
 
 MISSING = (
-    "huggingface_hub is not installed; expected it for models on the hub. Install it: pip install 'lox-stream[hub]'"
+    "huggingface_hub is not installed; expected it for models on the hub. Install it, which is the extra [hub]: "
+    "pip install huggingface_hub"
 )
 ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")
 OTHERS = (  # formats of the same weights, and what no model needs

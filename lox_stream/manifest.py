@@ -159,6 +159,27 @@ def input_of(checkpoint: Checkpoint, began: Mapping[str, Any] | None = None) -> 
     }
 
 
+def made_for(folder: Path, checkpoint: Checkpoint) -> bool | None:
+    """Whether an adapter's manifest names this checkpoint as the one it is for; None where it has none that is whole.
+
+    By sizes, headers and samples of the weights, whatever the files are called. Raises DataError.
+    """
+    path = folder / MANIFEST
+    if not path.is_file() or (found := opened(path.read_bytes())).state == "broken":
+        return None
+    try:
+        said = parse_json(found.data)[0]
+        shards = said["inputs"]["aligned"]["shards"].values() if said["options"].get("form") != "weights" else None
+        expected = None if shards is None else sorted(sorted(row.items()) for row in shards)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return (
+        None
+        if expected is None
+        else expected == sorted(sorted(row.items()) for row in input_of(checkpoint)["shards"].values())
+    )
+
+
 def stamp(pieces: Iterable[bytes]) -> dict[str, Any]:
     """Size and checksum of a file, out of its content in pieces."""
     digest, size = xxhash.xxh3_128(), 0

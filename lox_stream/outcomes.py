@@ -40,12 +40,12 @@ def facts_for(step: Step, found: Found, told: Sequence[str], checksum: str, elap
     notices: tuple[str, ...]
     if isinstance(found, NotFinite):
         action, done = ("copy", "copied") if step.factors is None else ("merge", "merged")
-        done = "left out" if step.pairs else done
+        done = "carried as zeros" if step.pairs else done
         reason, notices = "not finite", (f"{step.name}: {done} and not extrapolated: {found}",)
     else:
         matrices, notices = found, _suspicions(step, found)
         if matrices and all(matrix.method == "zero" for matrix in matrices):
-            action, reason = "copy", "identical"
+            action, reason = ("copy", "identical") if step.factors is None else ("merge", "no change")
     return TensorFacts(
         name=step.name,
         action=action,
@@ -62,7 +62,8 @@ def _suspicions(step: Step, matrices: tuple[MatrixFacts, ...]) -> tuple[str, ...
     worst = max((m.delta_norm / m.weight_norm for m in matrices if m.weight_norm > 0), default=0.0)
     if worst <= SUSPICIOUS or not math.isfinite(worst):
         return ()
-    return (f"{step.name}: |delta| is {worst:.2f} of |W|; fine-tuning gives a few percent. Is this the right base?",)
+    doubt = "Is this the right base?" if step.factors is None else "Is the adapter for this model?"
+    return (f"{step.name}: |delta| is {worst:.2f} of |W|; fine-tuning gives a few percent. {doubt}",)
 
 
 def accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
@@ -70,7 +71,7 @@ def accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     if options.on_nonfinite == "copy":
         return problem
     copy = "Copy such tensors unchanged" if step.factors is None else "Merge such tensors and no more"
-    copy = "Leave such tensors out" if step.pairs else copy
+    copy = "Carry such tensors as zeros" if step.pairs else copy
     if isinstance(problem, OutOfRange) and step.dtype:
         copy = "Write a wider --dtype; or, where aligned itself is within its range, copy such tensors"
     raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lox_stream.checkpoint import Checkpoint, companion_path, index_names, models_in
@@ -32,10 +32,14 @@ def is_finished(out: Path) -> bool:
     return (out / MANIFEST).exists() and not (out / JOURNAL).exists()
 
 
+def is_new(out: Path) -> bool:
+    """Whether a folder holds nothing of a run."""
+    return not ((out / MANIFEST).exists() or (out / JOURNAL).exists())
+
+
 def output_problems(
     out: Path,
-    base: Path,
-    aligned: Path,
+    roots: Mapping[str, Path],
     catalogue: Checkpoint | None,
     *,
     resume: bool,
@@ -43,13 +47,13 @@ def output_problems(
     repair: bool = False,
     dry: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Problems and warnings of an output folder for these inputs.
+    """Problems and warnings of an output folder for inputs that lie in `roots`, by what they are called.
 
     `catalogue` is the opened aligned checkpoint; None where that failed: then only the folder itself is checked. Too
     little space is a warning where the plan is `dry`.
     """
     try:
-        return _looked_at(out, base, aligned, catalogue, resume=resume, overwrite=overwrite, repair=repair, dry=dry)
+        return _looked_at(out, roots, catalogue, resume=resume, overwrite=overwrite, repair=repair, dry=dry)
     except OSError as error:
         at = f" ({printable(error.filename)})" if error.filename else ""
         found = f"{printable(out)}: cannot be looked at: {error.strerror}{at}"
@@ -58,8 +62,7 @@ def output_problems(
 
 def _looked_at(
     out: Path,
-    base: Path,
-    aligned: Path,
+    roots: Mapping[str, Path],
     catalogue: Checkpoint | None,
     *,
     resume: bool,
@@ -69,7 +72,7 @@ def _looked_at(
 ) -> tuple[list[str], list[str]]:
     """As `output_problems`; raises OSError."""
     shown = printable(out)
-    problems = _place_problems(out, {"base": base, "aligned": aligned})
+    problems = _place_problems(out, roots)
     if problems:
         return problems, []
     held = held_names(out, output_names(catalogue) if catalogue is not None else ())
@@ -163,7 +166,7 @@ def _written_sizes(path: Path) -> dict[str, int]:
     return sizes if found.state in ("whole", "mended") else {}
 
 
-def _place_problems(out: Path, inputs: dict[str, Path]) -> list[str]:
+def _place_problems(out: Path, inputs: Mapping[str, Path]) -> list[str]:
     """Where the folder lies: it must be or become a folder, apart from both inputs, writable."""
     shown = printable(out)
     try:

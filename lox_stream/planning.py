@@ -19,7 +19,7 @@ from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
-from lox_stream.output_rules import is_finished, output_problems
+from lox_stream.output_rules import is_finished, is_new, output_problems
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.quantisation import quantised_tensors
 from lox_stream.regions import matrix_count, parts_of_each
@@ -74,6 +74,10 @@ def plan(
         opened_aligned = problems.open(aligned, "aligned")
     elif (adapter := problems.open_adapter(aligned, options.scaling)) is not None and opened_base is not None:
         opened_aligned = laid_over(opened_base, adapter)
+    if options.scaling is not None and adapter is None and opened_aligned is not None:
+        problems.option.append(
+            f"scaling is {options.scaling}, which is for an adapter, and {printable(aligned)} is a model. Leave it out"
+        )
     written: Checkpoint | None = None
     steps: tuple[Step, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
@@ -95,14 +99,17 @@ def plan(
         else:
             written, steps, left_out, refused = as_adapter(opened_aligned, steps, options)
             problems.input += adapter_inputs(opened_aligned)
-            problems.option += [] if opened_aligned.components or adapter is not None else refused
+            problems.option += refused if not (problems.option or problems.input) else []
             warnings += adapter_warnings(steps, options)
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:
-        roots = Path(base).absolute(), Path(aligned).absolute()
+        roots = {
+            "base": Path(base).absolute(),
+            "adapter" if is_adapter(aligned) else "aligned": Path(aligned).absolute(),
+        }
         found, more = output_problems(
-            target, *roots, written, resume=resume, overwrite=overwrite, repair=repair, dry=dry
+            target, roots, written, resume=resume, overwrite=overwrite, repair=repair, dry=dry
         )
         problems.output += found
         warnings += more
@@ -128,17 +135,19 @@ def plan_all(
 ) -> list[Plan]:
     """A plan for each of several outputs of one pair (folders with their options), for `execute_all`.
 
-    As `plan`, but an output that is finished already is no reason not to resume the others.
+    As `plan`, but one that is finished already is no reason not to resume the others, nor one that is not there to
+    repair them.
     """
-    finished = [is_finished(Path(out)) if resume and len(outputs) > 1 else False for out, _ in outputs]
-    some = not all(finished)
+    several = resume and len(outputs) > 1
+    finished = [several and is_finished(Path(out)) for out, _ in outputs]
+    going = not all(finished)
     return [
         plan(
             *(base, aligned, out),
             options=options,
             resume=resume,
             overwrite=overwrite,
-            repair=repair or (done and some),  # whose rules let a finished one be
+            repair=(repair and not (several and is_new(Path(out)))) or (done and going),  # whose rules let it be
             dry=dry,
         )
         for (out, options), done in zip(outputs, finished, strict=True)
@@ -320,7 +329,7 @@ class _Problems:
             adapter = open_adapter(path)
             return adapter if scaling is None else rescaled_to(adapter, scaling)
         except CheckpointError as error:
-            self.input += [f"aligned: {problem}" for problem in error.problems]
+            self.input += [f"adapter: {problem}" for problem in error.problems]
             return None
 
     def throw(self) -> None:

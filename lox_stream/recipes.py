@@ -19,6 +19,7 @@ OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
     *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite", "split_fused", "dtype", "max_shard_size"),
 )
+TOLD = ("form", "factor_dtype", "scaling", "solved_for")  # by a manifest alone: what other commands were told
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 MAX_TOML_CHARACTERS = 1 << 20
 MAX_PROBLEMS = 20
@@ -98,7 +99,7 @@ def _of_manifest(path: Path, text: str) -> dict[str, Any]:
     sealed = opened(text.encode())
     try:
         said = parse_json(sealed.data)[0]["options"]
-        found = from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, "recipe") if key in said}})
+        found = from_json({"recipe": [], **{key: said[key] for key in (*OPTIONS, *TOLD, "recipe") if key in said}})
         check_options(Options(**found))
     except OptionError as error:
         raise OptionError(f"--recipe {printable(path)}: {error}") from error

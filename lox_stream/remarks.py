@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lox_stream.facts import TensorFacts
-from lox_stream.manifest import totals
+from lox_stream.manifest import made_for, totals
 from lox_stream.model_card import LOW_RETENTION
-from lox_stream.names import listing
+from lox_stream.names import listing, printable
 from lox_stream.options import Options
+from lox_stream.planning import Plan
 from lox_stream.resuming import Survey
 
 
@@ -21,6 +22,17 @@ def changed_bytes(survey: Survey | None, finished: Mapping[str, TensorFacts]) ->
     return (
         f"made again with other bytes than before: {listing(other)}. They are right, but their last bits come from "
         "another version or processor, or from other weights in the inputs; the manifest has their checksums",
+    )
+
+
+def plan_warnings(plan: Plan) -> tuple[str, ...]:
+    """That an adapter of lox-stream is merged into another model than it was made for; reads samples of that one."""
+    overlay = plan.aligned.overlay
+    if overlay is None or made_for(overlay.folder, plan.base) is not False:
+        return ()
+    return (
+        f"{printable(overlay.folder)}: was made for another model than {printable(plan.base.root)}: size, header or a "
+        "sample of the weights differ from those that its manifest names. Is it the right one?",
     )
 
 
@@ -40,6 +52,12 @@ def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str
         warnings.append(
             f"base and aligned hold the same weights: all {total.identical} matrices were copied, none extrapolated. "
             "Is one of the two the wrong model?"
+        )
+    idle = [facts.name for facts in rows if facts.reason == "no change"]
+    if idle and len(idle) == total.merged + total.extrapolated:
+        warnings.append(
+            f"the adapter changes nothing: of all {len(idle)} of its modules the factors, or what they are taken "
+            "times, are zero. Is it one that was trained, and alpha what it should be?"
         )
     if total.not_unique:
         warnings.append(

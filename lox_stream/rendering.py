@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lox_stream.inspecting import Inspection
     from lox_stream.recomputing import Comparison
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank may be
 PIPE_WIDTH = 140  # of a table that goes to a file or a pipe
 
 
@@ -221,10 +222,19 @@ def adapter_summary(plan: Plan, summary: Summary) -> Group:
         ("time", time_text(summary.elapsed_s)),
         *_adapter_rows(plan),
         ("energy captured", f"{percent(total.energy)} of |delta|^2 of these lies in the leading singular triplets"),
-        ("load", f"PeftModel.from_pretrained(model, {str(summary.out)!r})"),
+        ("load", _loading(plan, summary)),
         ("merge", _command("lox-stream apply --adapter", summary.out, "--aligned", plan.aligned.root, "--out DIR")),
     ]
     return pairs_table("Done", [row for row in rows if row[0] != "energy captured" or total.energy is not None])
+
+
+def _loading(plan: Plan, summary: Summary) -> str:
+    """How the program that it is for takes it."""
+    if plan.options.form == "peft":
+        return f"PeftModel.from_pretrained(model, {str(summary.out)!r})"
+    rank = next(one for one in VLLM_RANKS if one >= min(plan.steps[0].pairs[0].rank, VLLM_RANKS[-1]))
+    named = f"lox={summary.out}"
+    return _command("vllm serve", plan.aligned.root, "--enable-lora --lora-modules", named, "--max-lora-rank", rank)
 
 
 def _command(*words: object) -> str:

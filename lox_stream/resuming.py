@@ -93,10 +93,18 @@ def _holds(fd: int, tensor: TensorInfo, facts: TensorFacts) -> bool:
     return files.checksum_of(fd, written_start(tensor), tensor.n_bytes) == facts.checksum
 
 
+def _called(name: str) -> str:
+    """An option as it is typed."""
+    if name == "solved_for":
+        return "the largest of several --alpha (0.0: one alone)"
+    typed = {"form": "--target", "factor_dtype": "--dtype", "scaling": "--alpha"}
+    return typed.get(name, f"--{printable(name).replace('_', '-')}")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What forbids to go on with the run of identity `old` as `new`, and what is only worth a warning."""
     refused = [
-        f"--{printable(name).replace('_', '-')} is {shown(new['options'].get(name))}, the run began with {shown(value)}"
+        f"{_called(name)} is {shown(new['options'].get(name))}, the run began with {shown(value)}"
         for name, value in old["options"].items()
         if value != new["options"].get(name) and (name, value) != MAY_CHANGE
     ]

@@ -19,7 +19,7 @@ from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.errors import OptionError
 from lox_stream.matching import Step, output_bytes, rescaled, written_names
-from lox_stream.names import listing, near_misses, printable, suggestion, unmatched
+from lox_stream.names import listing, near_misses, printable, shown, suggestion, unmatched
 from lox_stream.names import matches as named
 from lox_stream.options import Options, check_platform
 from lox_stream.pipeline import Finished, compute_all
@@ -81,8 +81,8 @@ def stream(
         model.load_state_dict(dict(stream("base", "aligned")), strict=False)
     """
     made = _plan(base, aligned, options)
-    steps = made.steps if names is None else _chosen(made, names)
-    wanted = None if names is None else tuple(names)
+    wanted = None if names is None else _asked(names)
+    steps = made.steps if wanted is None else _chosen(made, wanted)
     turned = _into(framework, (step for step in steps if wanted is None or named(step.name, wanted)))
     cancel = cancel or threading.Event()
     tensors = tensors_of(made, steps, cancel, in_order=ordered)
@@ -129,6 +129,8 @@ class Extrapolated(Mapping[str, Any]):
         framework: Framework = "torch",
         cancel: threading.Event | None = None,
     ) -> None:
+        if not isinstance(cache_bytes, int) or cache_bytes < 0:
+            raise OptionError(f"cache_bytes is {shown(cache_bytes)}, expected a whole number of bytes, 0 or more")
         self.plan = _plan(base, aligned, options)
         self._again = functools.partial(
             Extrapolated,
@@ -147,7 +149,8 @@ class Extrapolated(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """The tensor; raises KeyError for a name that is none, and what the computation raises."""
         if name not in self._steps:
-            raise KeyError(f"{name!r}: no such tensor. {suggestion(near_misses(name, self._steps))}".rstrip())
+            hint = suggestion(near_misses(name, self._steps)) if isinstance(name, str) else ""
+            raise KeyError(f"{name!r}: no such tensor. {hint}".rstrip())
         with self._lock:
             if name not in self._kept:
                 return self._turned(self._computed(name))
@@ -188,11 +191,18 @@ def _plan(base: str | Path, aligned: str | Path, options: Options) -> Plan:
     return settled(plan(base, aligned, options=options))
 
 
-def _chosen(made: Plan, names: Iterable[str]) -> list[Step]:
-    """The steps of these names, in their order; raises OptionError for one that is none."""
+def _asked(names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise OptionError(f"names is one string, {names!r}, expected several: [{names!r}]")
     wanted = tuple(names)
+    strange = [name for name in wanted if not isinstance(name, str)]
+    if strange:
+        raise OptionError(f"names holds {shown(strange[0])}, expected names of tensors, or globs")
+    return wanted
+
+
+def _chosen(made: Plan, wanted: tuple[str, ...]) -> list[Step]:
+    """The steps of these names, in their order; raises OptionError for one that is none."""
     known = [step.name for step in made.steps]
     missing = unmatched(wanted, known)
     if missing:

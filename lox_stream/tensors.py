@@ -52,8 +52,19 @@ def extrapolate_tensor(
         w = extrapolate_tensor("model.layers.0.mlp.up_proj.weight", w_aligned, w_base)
     """
     check_options(options)
+    if (options.dtype, options.form) != ("same", "weights"):
+        raise OptionError(
+            f"dtype is {options.dtype!r} and form {options.form!r}, expected 'same' and 'weights' for one tensor. Cast "
+            "both to the dtype that is wanted: that gives what `run --dtype` writes"
+        )
+    for side, tensor in (("aligned", aligned), ("base", base)):
+        if not isinstance(tensor, Tensor):
+            raise OptionError(f"{name}: {side} is a {type(tensor).__name__}, expected a torch tensor")
     if aligned.shape != base.shape:
-        raise OptionError(f"{name}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one shape")
+        raise OptionError(
+            f"{name}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one shape. Of a vocabulary "
+            "that grew give the rows that both have"
+        )
     if aligned.is_meta or base.is_meta or decide(_info(name, aligned), options) != "matrix":
         return aligned
     for side, tensor in (("aligned", aligned), ("base", base)):

@@ -36,7 +36,6 @@ NOT_TAKEN = {  # globs: by PEFT 0.21 with transformers 5, or left out here, besi
     "deberta_v2": "*word_embeddings*",
     "t5": "shared.weight",
     "bart": "model.shared.weight",
-    "gpt_neox": "lm_head.weight",  # renamed as it is loaded
     "mamba": "*.out_proj.weight",
     "mamba2": "*.out_proj.weight",
     "falcon_h1": "*.out_proj.weight",

@@ -20,6 +20,7 @@ from lox_stream import (
     Cancelled,
     CheckpointError,
     DataError,
+    OptionError,
     Options,
     OutputError,
     ResumeError,
@@ -238,14 +239,14 @@ def test_what_has_no_update_has_factors_of_zeros(tmp_path):
     half["lm_head.weight"] = same["lm_head.weight"]
     half["model.embed_tokens.weight"][3, 4] = float("nan")
     save_file(half, aligned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"embed_tokens.*has nan.*Leave such tensors out with --on-nonfinite copy"):
+    with pytest.raises(DataError, match=r"embed_tokens.*has nan.*Carry such tensors as zeros with --on-nonfinite copy"):
         adapter((base, aligned), tmp_path / "refused")
     summary = extrapolate(base, aligned, tmp_path / "adapter", options=Options(form="peft", on_nonfinite="copy"))
     factors = load_file(tmp_path / "adapter" / WEIGHTS)
     for module in ("lm_head.lora_B.weight", "model.embed_tokens.lora_embedding_B"):
         assert not factors[f"base_model.model.{module}"].any()
     assert summary.totals.identical == 1
-    assert any("embed_tokens.weight: left out and not extrapolated" in warning for warning in summary.warnings)
+    assert any("embed_tokens.weight: carried as zeros and not extrapolated" in warning for warning in summary.warnings)
 
 
 STACKED = {
@@ -446,6 +447,9 @@ def lox(*words: object) -> object:
         (["run", "--alpha", "1,1.0", "--out", "o-{alpha}"], 2, "names 1 twice"),
         (["run", "--alpha", ""], 2, "expected a finite number"),
         (["run", "--save-factors", "OUT"], 2, "is asked for twice"),
+        (["run", "--save-factors", "OUT/in"], 2, "another output"),
+        (["adapter", "--alpha", "0"], 2, "an adapter that adds nothing is none"),
+        (["adapter", "--only", "*nope*"], 2, "matches no tensor"),
         (["run", "--split-fused", "--save-factors", "factors"], 0, ""),
     ],
     ids=str,
@@ -453,7 +457,7 @@ def lox(*words: object) -> object:
 def test_what_cannot_be_is_said_before_anything_is_written(words, code, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair = make(tmp_path, "llama, tied")
-    words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
     more = [] if "--out" in words else ["--out", str(tmp_path / "out")]
     ended = lox(words[0], "--base", pair[0], "--aligned", pair[1], *more, *words[1:])
     assert ended.exit_code == code, ended.output
@@ -489,3 +493,117 @@ def test_the_commands_say_what_they_did(tmp_path, monkeypatch):
     dry = lox("adapter", "--base", pair[0], "--aligned", pair[1], "--out", "dry", "--dry-run", "--json")
     assert json.loads(dry.stdout)["steps"][0]["modules"]
     assert not Path("dry").exists()
+
+
+def test_an_adapter_in_another_model_is_warned_of(tmp_path):
+    base, aligned = make(tmp_path, "llama, untied")
+    folder = adapter((base, aligned), tmp_path / "adapter")
+    wrong = extrapolate(base, folder, tmp_path / "wrong", options=Options(alpha=0.0))
+    assert any("was made for another model than" in warning for warning in wrong.warnings)
+    right = extrapolate(aligned, folder, tmp_path / "right", options=Options(alpha=0.0))
+    assert not any("another model" in warning for warning in right.warnings)
+
+
+def test_a_set_of_outputs_is_mended_whole_and_one_by_its_manifest(tmp_path, monkeypatch):
+    """A folder that is gone is made anew, a damaged one repaired, a finished one left."""
+    monkeypatch.chdir(tmp_path)
+    pair = make(tmp_path, "llama, tied")
+    words = ["run", "--base", pair[0], "--aligned", pair[1], "--alpha", "0.5,1,1.25", "--out", "o-{alpha}", "--quiet"]
+    assert lox(*words).exit_code == 0
+    right = {name: weights(tmp_path / name) for name in ("o-0.5", "o-1", "o-1.25")}
+
+    def damage(name):
+        data = bytearray(right[name]["model.safetensors"])
+        data[-9] ^= 4
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+
+    shutil.rmtree(tmp_path / "o-1")
+    resumed = lox(*words, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    shutil.rmtree(tmp_path / "o-1")
+    damage("o-0.5")
+    mended = lox(*words, "--resume", "--repair")
+    assert mended.exit_code == 0, mended.output
+    assert {name: weights(tmp_path / name) for name in right} == right
+    damage("o-0.5")
+    one = [*words[:5], "--out", "o-0.5", "--alpha", "0.5", "--resume", "--repair"]
+    refused = lox(*one)
+    assert "the largest of several --alpha (0.0: one alone) is 0.0, the run began with 1.25" in refused.stderr
+    told = lox(*one, "--recipe", "o-0.5/lox_stream.json")
+    assert told.exit_code == 0, told.output
+    assert weights(tmp_path / "o-0.5") == right["o-0.5"]
+
+
+def test_a_recipe_of_an_adapter_is_told_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair = make(tmp_path, "llama, untied")
+    words = ["adapter", "--base", pair[0], "--aligned", pair[1], "--quiet"]
+    assert lox(*words, "--out", "a", "--target", "vllm", "--dtype", "bfloat16", "--rank", "2").exit_code == 0
+    assert lox(*words, "--out", "b", "--recipe", "a/lox_stream.json").exit_code == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    ran = lox("run", *words[1:], "--out", "c", "--recipe", "a/lox_stream.json")
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / "c" / "model.safetensors").exists(), "run writes weights, with the rank that was told"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"on_missing": "copy"}, "a matrix that base lacks"),
+        ({"on_shape_mismatch": "copy"}, "a matrix of another shape in base"),
+    ],
+)
+def test_matrices_that_base_has_not_are_left_out_by_name(change, said, tmp_path):
+    base, aligned = make(tmp_path, "llama, untied")
+    kept = load_file(base / "model.safetensors")
+    if "on_missing" in change:
+        del kept["lm_head.weight"]
+    else:
+        kept["lm_head.weight"] = kept["lm_head.weight"][:, :30].contiguous()
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    made = plan(base, aligned, options=Options(form="peft", **change))
+    assert [(one.name, one.reason) for one in made.left_out] == [("lm_head.weight", said)]
+
+
+def test_apply_speaks_of_what_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, aligned = make(tmp_path, "llama, untied")
+    folder = adapter((base, aligned), tmp_path / "adapter")
+    words = ["apply", "--adapter", folder, "--aligned", aligned, "--out"]
+    nothing = lox(*words, "zero", "--alpha", "0")
+    assert nothing.exit_code == 0
+    assert "the adapter changes nothing" in nothing.stderr
+    assert "wrong model" not in nothing.stderr
+    both = lox("apply", "--adapter", folder, "--aligned", folder, "--out", "o")
+    assert "aligned: " in both.stderr
+    assert "holds an adapter, expected the model that --adapter changes" in both.stderr
+    gone = lox("apply", "--adapter", folder, "--aligned", "nowhere", "--out", "o")
+    assert gone.stderr.startswith("error: aligned: ")
+    onto = lox(*words, folder)
+    assert "is the folder of adapter" in onto.stderr
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    dora = lox(*words, "o")
+    assert dora.stderr.startswith("error: adapter: ")
+    assert "as aligned" not in dora.stderr
+    with pytest.raises(OptionError, match="which is for an adapter"):
+        plan(base, aligned, options=Options(scaling=2.0))
+
+
+def test_a_head_that_transformers_renames_is_under_both_names(tmp_path, monkeypatch):
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": 40}
+    shapes = {
+        "gpt_neox.embed_in.weight": (40, 24),
+        "gpt_neox.layers.0.mlp.w.weight": (30, 24),
+        "embed_out.weight": (40, 24),
+    }
+    monkeypatch.setitem(SHAPES, "neox", (config, shapes))
+    pair = make(tmp_path, "neox")
+    folder = adapter(pair, tmp_path / "adapter")
+    factors = load_file(folder / WEIGHTS)
+    for side in ("A", "B"):
+        one, other = (factors[f"base_model.model.{name}.lora_{side}.weight"] for name in ("embed_out", "lm_head"))
+        assert torch.equal(one, other)
+    assert "ensure_weight_tying" not in json.loads((folder / "adapter_config.json").read_text())
+    extrapolate(*pair, tmp_path / "out")
+    assert weights(merged(pair[1], folder, tmp_path / "merged")) == weights(tmp_path / "out")

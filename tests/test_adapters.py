@@ -579,7 +579,8 @@ def test_an_untrained_adapter_changes_nothing(pair):
     given[next(name for name in given if "lora_B" in name)].zero_()
     summary = extrapolate(base, write_adapter(adapter, given), out)
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    assert (summary.totals.extrapolated, summary.totals.identical) == (0, 1)
+    assert (summary.totals.extrapolated, summary.totals.merged, summary.totals.identical) == (0, 1, 0)
+    assert any("the adapter changes nothing" in warning for warning in summary.warnings)
 
 
 def test_an_alpha_of_minus_one_at_full_rank_is_base(pair):

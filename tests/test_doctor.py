@@ -66,7 +66,7 @@ def test_what_is_missing_is_said_with_its_way_out_and_an_exit_code(tmp_path, mon
     monkeypatch.setattr(metadata, "version", lambda name: version(name) if name != "safetensors" else real(name))
     code, found = examined(tmp_path)
     assert code == 0
-    assert (found["[gguf]"]["state"], found["[gguf]"]["way_out"]) == ("note", "pip install 'lox-stream[gguf]'")
+    assert (found["[gguf]"]["state"], found["[gguf]"]["way_out"]) == ("note", "pip install gguf")
 
 
 def test_a_folder_where_a_run_writes_or_nobody_can_is_said(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_folder_where_a_run_writes_or_nobody_can_is_said(tmp_path, monkeypatch
         os.close(fd)
     ended = CliRunner().invoke(commands, ["doctor", str(tmp_path / "nowhere")])
     assert ended.exit_code == 1
-    assert "Give a folder that exists: lox-stream doctor DIR" in ended.stderr
+    assert "is no folder, expected one that exists" in ended.stderr
     monkeypatch.setattr(doctor, "SLOW", 1e15)
     _, found = examined(tmp_path)
     assert found["disk"]["state"] == "note"

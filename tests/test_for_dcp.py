@@ -12,14 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from lox_stream import CheckpointError, OutputError, extrapolate
+from lox_stream import CheckpointError, DataError, OutputError, extrapolate
 from lox_stream.for_dcp import DcpTensors, as_safetensors
 from lox_stream.synthetic import pair_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.distributed about itself
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (70, 40), "model.norm.weight": (9,), "lm_head.weight": (50, 40)}
 RANKS = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 rank, store, out, saved = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
@@ -27,7 +27,8 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 mesh = init_device_mesh("cpu", (2,))
 tensors = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in torch.load(saved).items()}
 dcp.save({"model": tensors}, checkpoint_id=out)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # how gloo ends is no matter of ours
 """
 
 
@@ -86,6 +87,11 @@ def test_what_is_none_is_said(tmp_path):
         DcpTensors(folder, prefix="app.")
     with pytest.raises(OutputError, match="exists already"):
         as_safetensors(folder, tmp_path)
+    (piece,) = folder.glob("*.distcp")
+    piece.write_bytes(piece.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"cannot be read: .*Copy the checkpoint again"):
+        as_safetensors(folder, tmp_path / "new", prefix="model.")
+    assert not (tmp_path / "new").exists()
     (folder / ".metadata").write_bytes(b"\x80nonsense")
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be read"):
         DcpTensors(folder)

@@ -32,7 +32,9 @@ def work(tmp_path):
 
 def check(work, out, *, resume=False, overwrite=False, base="base", aligned="aligned"):
     catalogue = open_checkpoint(work / aligned)
-    return output_problems(Path(work, out), work / base, work / aligned, catalogue, resume=resume, overwrite=overwrite)
+    return output_problems(
+        Path(work, out), {"base": work / base, "aligned": work / aligned}, catalogue, resume=resume, overwrite=overwrite
+    )
 
 
 def the_problem(*args, **kwargs):
@@ -110,10 +112,14 @@ def test_no_permission_is_said_of_the_nearest_folder_that_exists(work, monkeypat
 
 
 def test_the_place_is_checked_even_when_aligned_cannot_be_opened(work):
-    problems, _ = output_problems(work / "base", work / "base", work / "no", None, resume=False, overwrite=False)
+    problems, _ = output_problems(
+        work / "base", {"base": work / "base", "aligned": work / "no"}, None, resume=False, overwrite=False
+    )
     assert "is the folder of base" in problems[0]
     fill(work / "out", "x")
-    problems, _ = output_problems(work / "out", work / "base", work / "no", None, resume=False, overwrite=False)
+    problems, _ = output_problems(
+        work / "out", {"base": work / "base", "aligned": work / "no"}, None, resume=False, overwrite=False
+    )
     assert "--overwrite" in problems[0]
 
 

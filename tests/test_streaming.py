@@ -198,3 +198,21 @@ def test_numpy_has_bfloat16_from_ml_dtypes_or_says_so(pair, right, monkeypatch):
 def test_an_adapter_is_no_stream(pair):
     with pytest.raises(OptionError, match="an adapter is written by `extrapolate`"):
         stream(*pair, options=Options(form="peft"))
+
+
+def test_names_may_be_any_iterable_and_are_names(pair, right):
+    for names in (iter([NORM]), (name for name in [NORM]), {NORM}):
+        assert list(dict(stream(*pair, names=names))) == [NORM]
+    with pytest.raises(OptionError, match="names holds 3, expected names of tensors"):
+        stream(*pair, names=[3])
+    with pytest.raises(KeyError, match="no such tensor"):
+        lox_stream.open(*pair)[3]
+    for cache in (-1, "1GB"):
+        with pytest.raises(OptionError, match="cache_bytes is"):
+            lox_stream.open(*pair, cache_bytes=cache)
+
+
+def test_the_names_that_import_star_brings_hide_no_builtin():
+    assert "open" not in lox_stream.__all__
+    assert lox_stream.open is lox_stream.Extrapolated
+    assert "open" in dir(lox_stream)

@@ -92,6 +92,10 @@ def test_what_does_not_fit_is_said():
         extrapolate_tensor("w.weight", w1, w0[:79])
     with pytest.raises(OptionError, match=r"dtype of base is torch\.int8"):
         extrapolate_tensor("w.weight", w1, w0.to(torch.int8))
+    with pytest.raises(OptionError, match=r"expected 'same' and 'weights' for one tensor\. Cast both"):
+        extrapolate_tensor("w.weight", w1, w0, options=Options(dtype="float32"))
+    with pytest.raises(OptionError, match="base is a NoneType, expected a torch tensor"):
+        extrapolate_tensor("w.weight", w1, None)
     with pytest.raises(OptionError, match="--rank is -1"):
         extrapolate_tensor("w.weight", w1, w0, options=Options(rank=-1))
     bad = w1.clone()
