@@ -14,7 +14,7 @@ import torch
 from late_card import LateCard, LateLane
 from safetensors.torch import load_file
 
-from lox_stream import Options, blocks, card_delta, extrapolate, lending, on_card, plan, stream
+from lox_stream import Options, blocks, card_delta, execute_all, extrapolate, lending, on_card, plan, stream
 from lox_stream.costs import bytes_on_card, part_rows
 from lox_stream.device import indices, usable_bytes
 from lox_stream.errors import Cancelled, DataError, DeviceError
@@ -472,3 +472,23 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path, dtype, kernels):
             assert (away - here).norm() < 1e-4 * (here - load_file(aligned / "model.safetensors")[name]).norm(), name
         else:
             assert (away != here).double().mean() < 2 * Options().tolerance, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [False, True])
+def test_several_outputs_and_an_adapter_on_a_gpu_are_those_that_each_has_alone(tmp_path, blocks):
+    """Of one solve: W1 goes to the card again for each, and the factors come back from it."""
+    shapes = {f"model.{m}.{n}.weight": (m, n) for m, n in ((1500, 2000), (4096, 512), (64, 64))}
+    pair = write_pair(tmp_path, shapes)
+    most = max(bytes_on_card(m, n, 6, (2, 2), part_rows(m, n)) for m, n in shapes.values()) if blocks else 0
+    away = Options(device="cuda", gpu_memory_bytes=most, solved_for=1.25)
+    ways = {"a": replace(away, alpha=0.5), "b": away, "f": replace(away, form="peft")}
+    for name, options in ways.items():
+        extrapolate(*pair, tmp_path / f"alone {name}", options=options)
+    execute_all([plan(*pair, tmp_path / name, options=options) for name, options in ways.items()])
+    for name in ways:
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        assert file.read_bytes() == (tmp_path / f"alone {name}" / file.name).read_bytes()
+    extrapolate(pair[1], tmp_path / "f", tmp_path / "merged", options=Options(alpha=0.0))
+    here, there = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "b"))
+    assert all((here[name] != there[name]).double().mean() <= 1e-4 for name in here), "sums in another order"
