@@ -14,6 +14,7 @@ from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
 from lox_stream.facts import TensorFacts
+from lox_stream.hub import local
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step, output_bytes, written_names
 from lox_stream.options import Options, check_platform, check_ways
@@ -69,8 +70,9 @@ def extrapolate(
 ) -> Summary:
     """Write W_aligned + alpha * Proj_k(W_aligned - W_base) to the folder `out`.
 
-    `resume` goes on with an unfinished folder, `overwrite` replaces an earlier output. `repair`, together with
-    `resume`, checks every byte of a folder, finished or not, and makes again just what is not as it was written.
+    `base` and `aligned` are folders, single files, or names on the hub (`org/name@revision`), which are downloaded into
+    its cache. `resume` goes on with an unfinished folder, `overwrite` replaces an earlier output. `repair`, together
+    with `resume`, checks every byte of a folder, finished or not, and makes again just what is not as it was written.
 
     `progress` is called from this thread several times a second. Setting `cancel` raises Cancelled within about a
     second; the folder can then be resumed. Raises LoxError of some kind for everything that is wrong with inputs,
@@ -81,7 +83,8 @@ def extrapolate(
         summary = extrapolate("base", "aligned", "out", options=Options(rank=6, alpha=1.25))
         print(summary.totals.retention)
     """
-    made = plan(base, aligned, out, options=options, resume=resume, overwrite=overwrite, repair=repair)
+    here = local(base), local(aligned)
+    made = plan(*here, out, options=options, resume=resume, overwrite=overwrite, repair=repair)
     return execute(made, resume=resume, overwrite=overwrite, repair=repair, progress=progress, cancel=cancel)
 
 

@@ -211,9 +211,9 @@ def planned_first(*paths: Path) -> Iterator[list[Path] | None]:
         yield None if None in found else [path for path in found if path is not None]
 
 
-def local(path: Path) -> Path:
+def local(path: str | Path) -> Path:
     """The folder that a path names, which for a model on the hub is its folder in the cache."""
-    return downloaded(path) if is_hub_id(path) else path
+    return downloaded(path) if is_hub_id(path) else Path(path)
 
 
 def prepared(name: str) -> str:

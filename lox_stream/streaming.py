@@ -18,6 +18,7 @@ from torch import Tensor
 from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.errors import OptionError
+from lox_stream.hub import local
 from lox_stream.matching import Step, output_bytes, rescaled, written_names
 from lox_stream.names import listing, near_misses, printable, shown, suggestion, unmatched
 from lox_stream.names import matches as named
@@ -134,8 +135,8 @@ class Extrapolated(Mapping[str, Any]):
         self.plan = _plan(base, aligned, options)
         self._again = functools.partial(
             Extrapolated,
-            Path(base).absolute(),
-            Path(aligned).absolute(),
+            self.plan.base.root,
+            self.plan.aligned.root,
             options=options,
             cache_bytes=cache_bytes,
             framework=framework,
@@ -188,7 +189,7 @@ def _plan(base: str | Path, aligned: str | Path, options: Options) -> Plan:
     check_platform()
     if options.form != "weights":
         raise OptionError(f"form is {options.form!r}, expected 'weights': an adapter is written by `extrapolate`")
-    return settled(plan(base, aligned, options=options))
+    return settled(plan(local(base), local(aligned), options=options))
 
 
 def _asked(names: Iterable[str]) -> tuple[str, ...]:

@@ -212,3 +212,24 @@ def test_no_network_is_said(pair, tmp_path):
     assert ran.returncode == 1
     assert "org/base: the hub, or the way to it, failed" in ran.stderr
     assert "bug" not in ran.stderr
+
+
+LIBRARY = """
+import sys
+import lox_stream
+lox_stream.extrapolate("org/base", "org/aligned@v1", "out")
+names = dict(lox_stream.stream("org/base", "org/aligned@v1", names=["*norm*"]))
+opened = lox_stream.open("org/base", "org/aligned@v1")
+assert all(opened[name].equal(tensor) for name, tensor in names.items())
+"""
+
+
+def test_the_library_takes_names_of_the_hub_too(hub, pair, tmp_path):
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", LIBRARY], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
+    assert here.returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "here")
