@@ -189,6 +189,8 @@ def _head_problems(base: Checkpoint, leaders: Mapping[str, str], factors: Mappin
 
 def _step(tensor: TensorInfo, factors: Factors | None, seed_name: str, options: Options) -> Step:
     reason = decide(tensor, options)
+    if reason == "alpha 0":
+        reason = "untouched" if factors is None else "merged"
     if factors is None or reason == "empty":
         return Step(
             tensor.name, tensor, None, "copy", "untouched" if reason == "matrix" else reason, seed_name=seed_name

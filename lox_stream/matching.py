@@ -18,7 +18,9 @@ from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, qua
 from lox_stream.scales import Scaled, scale_names, scaled_weights
 from lox_stream.ties import says_tied, tied_names
 
-Reason = Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched"]
+Reason = (
+    Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched", "merged"]
+)
 Facts = TypeVar("Facts")
 _MANY = 12  # problems of one kind beyond this many become one message
 

@@ -135,14 +135,14 @@ class FactorSink:
 
     def written(self, found: Found, told: Sequence[str], elapsed_s: float) -> list[Written]:
         """The first pair's B has the facts; the others say that they are factors."""
-        rows = []
-        for number, info in enumerate(info for pair in self.use.step.pairs for info in (pair.b, pair.a)):
-            target = self._targets[info.name]
-            facts = facts_for(self.use.step, found, told, target.checksum(), elapsed_s)
-            rest = TensorFacts(info.name, "factor", "matrix", info.n_bytes, 0.0, target.checksum())
-            named = _renamed(facts, info) if number == 0 else rest
-            rows.append(Written(self.use, named, target))
-        return rows
+        first, *others = [info for pair in self.use.step.pairs for info in (pair.b, pair.a)]
+        facts = facts_for(self.use.step, found, told, self._targets[first.name].checksum(), elapsed_s)
+        rows = [replace(facts, name=first.name, n_bytes=first.n_bytes)]
+        rows += [
+            TensorFacts(info.name, "factor", "matrix", info.n_bytes, 0.0, self._targets[info.name].checksum())
+            for info in others
+        ]
+        return [Written(self.use, row, self._targets[row.name]) for row in rows]
 
 
 Sink = TileSink | FactorSink
@@ -173,7 +173,3 @@ def as_stored(pair: Pair, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         full_b.reshape(pair.b.shape).to(dtype).contiguous(),
         full_a.reshape(pair.a.shape).to(dtype).contiguous(),
     )
-
-
-def _renamed(facts: TensorFacts, info: TensorInfo) -> TensorFacts:
-    return replace(facts, name=info.name, n_bytes=info.n_bytes)
