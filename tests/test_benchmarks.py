@@ -112,6 +112,18 @@ def test_small_matrices_side_by_side_are_measured_for_every_solver_that_gets_the
         assert all(solver["differing"] <= 5e-4 and solver["all"]["median_s"] > 0 for solver in case["solvers"].values())
 
 
+def test_several_outputs_of_one_solve_are_timed_once_they_are_right(monkeypatch, tmp_path):
+    ran = smoke("bench_outputs.py")
+    assert ran.returncode == 0, ran.stderr
+    (case,) = last_line(ran.stdout)["cases"]
+    assert {"one", "each", "together", "with adapter", "adapter", "apply"} == case["seconds"].keys()
+    assert 0 < case["adapter_bytes"] < case["output_bytes"]
+    bench = benchmark("bench_outputs")
+    monkeypatch.setattr(bench, "_same", lambda folder, other: False)
+    with pytest.raises(bench.WrongResult, match="the merged adapter is another output"):
+        bench.main(["--smoke"])
+
+
 @pytest.mark.parametrize("kernel", ["delta_matmul", "delta_rmatmul", "delta_normal"])
 def test_a_wrong_kernel_has_no_speed(monkeypatch, capsys, kernel):
     bench = benchmark("bench_kernels")
