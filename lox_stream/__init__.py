@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutputError,
         ResumeError,
     )
+    from lox_stream.finishing import finish
     from lox_stream.options import Options
     from lox_stream.planning import Plan, Step, plan, plan_all
     from lox_stream.streaming import Extrapolated, stream
@@ -55,6 +56,7 @@ __all__ = [
     "execute_all",
     "extrapolate",
     "extrapolate_tensor",
+    "finish",
     "plan",
     "plan_all",
     "stream",
@@ -62,6 +64,7 @@ __all__ = [
 ]
 _MODULES = {
     "api": ("Progress", "Summary", "execute", "execute_all", "extrapolate"),
+    "finishing": ("finish",),
     "options": ("Options",),
     "planning": ("Plan", "Step", "plan", "plan_all"),
     "streaming": ("Extrapolated", "open", "stream"),

@@ -126,6 +126,14 @@ def commands() -> None:
     ),
     option(
         FILES,
+        "--part",
+        default="",
+        metavar="I/N",
+        show_default="all of it",
+        help="Write one of N shares of the files, for as many machines; then `lox-stream finish`.",
+    ),
+    option(
+        FILES,
         "--push-to",
         metavar="ORG/NAME",
         help="Also upload the result to the hub, as a private model, in one commit.",
@@ -299,6 +307,31 @@ def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, An
     alphas = alphas if isinstance(alphas, tuple) else (alphas,)
     options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
     return flags, options, alphas
+
+
+@commands.command("finish")
+@with_options(
+    click.argument("out", type=FOLDER, metavar="OUT"),
+    option(FILES, "--base", type=FOLDER, metavar="DIR", show_default="as part 1 had it", help="Where base lies here."),
+    option(
+        FILES, "--aligned", type=FOLDER, metavar="DIR", show_default="as part 1 had it", help="Where aligned lies here."
+    ),
+    HOST,
+    TELLING,
+)
+def _finish(out: Path, base: Path | None, aligned: Path | None, **given: Any) -> int:
+    """Put the parts of `run --part I/N` together, once all of them are finished.
+
+    They are held against each other, every byte against its checksum, and published as one output.
+
+    \b
+    Example:
+      lox-stream finish llama-lox
+    """
+    from lox_stream.cli_finish import put_together
+
+    machine = Options(memory_bytes=given["memory"], threads=given["threads"])
+    return put_together(out, base, aligned, machine, as_json=given["as_json"], quiet=given["quiet"])
 
 
 @commands.command("push")

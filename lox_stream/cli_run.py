@@ -25,6 +25,7 @@ from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
+from lox_stream.sharing import folder_of_part
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
 
@@ -344,7 +345,8 @@ def summary_document(summary: Summary, code: int) -> dict[str, Any]:
 def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
-    begun = [folder for folder, _ in request.outputs if (folder / JOURNAL).exists()]
+    places = [folder_of_part(folder, one.part) if one.part else folder for folder, one in request.outputs]
+    begun = [place for place in places if (place / JOURNAL).exists()]
     if not begun:
         return "stopped: nothing was written"
     verb = "keeps" if len(begun) == 1 else "keep"

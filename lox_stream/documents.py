@@ -33,11 +33,14 @@ def written_documents(
 
     Reads the companions, for their checksums; raises OutputError for one that cannot be read any more.
     """
-    with files.explained(plan.aligned.folder, "read its model card", GO_ON):
-        written = {MODEL_CARD: card_for(plan, totals(finished.values()))}
+    written: dict[str, bytes] = {}
+    whole = not plan.options.part
+    if whole:
+        with files.explained(plan.aligned.folder, "read its model card", GO_ON):
+            written[MODEL_CARD] = card_for(plan, totals(finished.values()))
     if plan.options.form != "weights":
         written[ADAPTER_CONFIG] = as_json(adapter_config(plan.aligned, plan.steps, plan.options))
-    for model in models_in(plan.written) if plan.options.form == "weights" else ():
+    for model in models_in(plan.written) if plan.options.form == "weights" and whole else ():
         if model.index_name is not None:
             written[model.index_name] = as_json(corrected_index(model))
         config = None if plan.options.dtype == "same" else config_for(model, plan.options.dtype)
@@ -48,7 +51,7 @@ def written_documents(
         with files.explained(path, "read it", GO_ON):
             written[PIPELINE_INDEX] = path.read_bytes()
     copied = {}
-    for relative in plan.aligned.companions:
+    for relative in plan.aligned.companions if whole else ():
         if relative.as_posix() not in written:
             path = companion_path(plan.aligned, relative)
             with files.explained(path, "read it", GO_ON):

@@ -51,6 +51,7 @@ class Options:
     max_shard_size: int = 0  # bytes of tensors in a file of the output; 0: the files of aligned
     form: Literal["weights", "peft", "vllm"] = "weights"  # what is written: the model, or its update as an adapter
     factor_dtype: Literal["float32", "bfloat16"] = "float32"  # of that adapter's factors
+    part: str = ""  # "2/8": the second of eight shares of the output's files; "": all of it
     scaling: float | None = None  # of an adapter's factors; None: as its config says
     solved_for: float = 0.0  # alpha that the tolerance is for; 0: alpha itself
     recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
@@ -120,6 +121,7 @@ def check_options(options: Options) -> None:
         *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),
         *([] if options.scaling is None else _real_number("--alpha", options.scaling, -math.inf, "1 is PEFT's")),
         *_real_number("solved_for", options.solved_for, -math.inf, "0 is alpha itself"),
+        *_part(options.part),
         *_one_of("--target", options.form, ("weights", "peft", "vllm")),
         *_one_of("factor_dtype", options.factor_dtype, ("float32", "bfloat16")),
         *_one_of("--svd", options.svd, ("randomized", "exact")),
@@ -224,6 +226,15 @@ def _for_gpus(options: Options) -> list[str]:
         for option, said in given.items()
         if said
     ]
+
+
+def _part(value: object) -> list[str]:
+    if value == "":
+        return []
+    found = re.fullmatch(r"([1-9]\d{0,4})/([1-9]\d{0,4})", value) if isinstance(value, str) else None
+    if found is not None and int(found[1]) <= int(found[2]):
+        return []
+    return [f"--part is {shown(value)}, expected such as 2/8: the second of eight parts"]
 
 
 def _globs(option: str, value: object) -> list[str]:

@@ -25,6 +25,7 @@ from lox_stream.quantisation import quantised_tensors
 from lox_stream.regions import matrix_count, parts_of_each
 from lox_stream.rewriting import output_dtypes, rewritten
 from lox_stream.shards import unreadable
+from lox_stream.sharing import folder_of_part, own_share, part_problems, place_problems
 
 __all__ = ["Options", "Plan", "Step", "check_options", "memory_needed", "output_names", "plan", "plan_summary"]
 
@@ -101,6 +102,11 @@ def plan(
             problems.input += adapter_inputs(opened_aligned)
             problems.option += refused if not (problems.option or problems.input) else []
             warnings += adapter_warnings(steps, options)
+        if options.part and target is not None:
+            problems.option += part_problems(written, options)
+            problems.output += place_problems(target, options.part)
+            written, steps = own_share(written, steps, options.part)
+            target = folder_of_part(target, options.part)
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
     if target is not None:

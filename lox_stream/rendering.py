@@ -21,6 +21,7 @@ from lox_stream.names import listing, pattern_of, printable
 from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
 from lox_stream.predicting import Prediction
+from lox_stream.sharing import FOLDER
 from lox_stream.showing import budget_text, counted, size_text, time_text
 
 if TYPE_CHECKING:
@@ -268,6 +269,9 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
         ),
         ("next", verify_command(summary)),
     ]
+    if (part := FOLDER.fullmatch(summary.out.name)) is not None:
+        command = _command("lox-stream finish", summary.out.parent)
+        rows[-1] = ("next", f"{command}, once all {part[2]} parts are finished")
     shown = {"energy captured": total.energy, "retention": total.retention, "worst predicted": total.predicted_share}
     rows = [row for row in rows if shown.get(row[0], 0) is not None and (kept or row[0] not in ("output", "next"))]
     if total.merged and not total.extrapolated:

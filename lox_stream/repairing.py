@@ -78,6 +78,11 @@ def finished_before(plan: Plan) -> dict[str, TensorFacts] | None:
     return dict(state.finished)
 
 
+def require_sealed(folder: Path) -> None:
+    """Raise OutputError for a manifest that was changed, of which nobody knows what is true."""
+    _seal(folder)
+
+
 def _damage(folder: Path, shard: Shard, known: Mapping[str, TensorFacts], seen: Seen) -> list[Damage]:
     """Each finished tensor of a shard that is not what was written, and the shard itself if its header or size is."""
     finished = [info for info in shard.tensors if info.name in known]

@@ -105,7 +105,7 @@ def planned_again(folder: Path, base: str | Path, aligned: str | Path) -> Plan:
     """The plan that a finished output was made by, but for its folder; errors as for `choose_sample`."""
     said = read_manifest(folder)
     made = plan(base, aligned, options=options_of(folder, said["options"]))
-    _check_inputs(said["inputs"], made)
+    check_inputs(said["inputs"], made)
     return made
 
 
@@ -123,7 +123,7 @@ def options_of(folder: Path, said: dict[str, Any]) -> Options:
     return options
 
 
-def _check_inputs(said: dict[str, Any], made: Plan) -> None:
+def check_inputs(said: dict[str, Any], made: Plan) -> None:
     """The headers of both inputs have to be those of the manifest."""
     problems = []
     for side, checkpoint in (("base", made.base), ("aligned", made.aligned)):

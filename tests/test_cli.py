@@ -38,7 +38,7 @@ RUN_OPTIONS = (
     ),
     "--repair",
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
-    *("--recipe", "--split-fused", "--save-factors", "--push-to"),
+    *("--recipe", "--split-fused", "--save-factors", "--push-to", "--part"),
     *("--json", "--quiet"),
 )
 HEAVY = ("torch", "numpy", "safetensors", "rich")
@@ -278,7 +278,7 @@ def test_alpha_0_gives_the_aligned_bytes(pair, tmp_path):
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("command", [None, "run", "adapter", "apply", "push", "inspect", "verify", "demo"])
+@pytest.mark.parametrize("command", [None, "run", "adapter", "apply", "finish", "push", "inspect", "verify", "demo"])
 def test_each_help_has_an_example_that_names_only_its_options(command):
     text = lox(*([command] if command else []), "--help").stdout
     examples = re.findall(r"^ +(lox-stream .*)$", text, re.MULTILINE)
