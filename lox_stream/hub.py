@@ -38,6 +38,7 @@ OTHERS = (  # formats of the same weights, and what no model needs
 )
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 OF_TORCH = ("*.bin", "*.bin.index*.json")
+BUSY = (429, 500, 502, 503, 504)  # that a server answers which may have time later
 FIRST_BYTES = 1 << 16  # of a file of weights: most headers end within
 SMALL_BYTES = 1 << 20  # files of JSON that a plan may look at
 
@@ -88,7 +89,10 @@ class _Remote:
         if start >= end:
             return b""
         wanted = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        answer = self.hub.utils.get_session().get(self.url, headers=self.hub.utils.build_hf_headers() | wanted)
+        headers = self.hub.utils.build_hf_headers() | wanted
+        answer = self.hub.utils.http_backoff(
+            "GET", self.url, headers=headers, retry_on_status_codes=BUSY, max_retries=5
+        )
         self.hub.utils.hf_raise_for_status(answer)
         found = bytes(answer.content)
         if answer.status_code == HTTPStatus.OK:  # a server that knows no ranges gives the whole

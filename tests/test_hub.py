@@ -233,3 +233,11 @@ def test_the_library_takes_names_of_the_hub_too(hub, pair, tmp_path):
     here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
     assert here.returncode == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "here")
+
+
+def test_a_server_that_is_busy_is_asked_again(pair, tmp_path):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, busy=2)) as hub:
+        ran = lox(hub, tmp_path, *RUN, "--dry-run", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert hub.busy == 0
+    assert json.loads(ran.stdout)["totals"]["extrapolated_tensors"] == 15

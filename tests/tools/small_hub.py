@@ -19,8 +19,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """Serves `models`, name -> folder; `log` has (method, path, range) of each request."""
 
-    def __init__(self, models: dict[str, Path], *, gated: tuple[str, ...] = (), cut: int = 0) -> None:
+    def __init__(self, models: dict[str, Path], *, gated: tuple[str, ...] = (), cut: int = 0, busy: int = 0) -> None:
         self.models, self.gated = models, gated
+        self.busy = busy  # answers to ranged requests that are 503
         self.cut = cut  # answers of weights that end in the middle, before one is whole
         self.private: dict[str, bool] = {}
         self.pushed: dict[str, dict[str, bytes]] = {}  # by model: files of its last commit
@@ -151,6 +152,10 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def file(self, path: Path, *, body: bool) -> None:
             if not path.is_file():
                 self.fail(404, "EntryNotFound")
+                return
+            if body and self.headers.get("Range") and hub.busy:
+                hub.busy -= 1
+                self.fail(503, "")
                 return
             data = path.read_bytes()
             found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
