@@ -124,8 +124,10 @@ def execute_all(
     plans = [settled(plan) for plan in plans]
     started = time.monotonic()
     cancel = cancel or threading.Event()
-    before = [finished_before(plan) if resume and not repair and len(plans) > 1 else None for plan in plans]
-    if all(facts is not None for facts in before):
+    in_parts = any(plan.options.part for plan in plans)
+    several = resume and not repair and (len(plans) > 1 or in_parts)
+    before = [finished_before(plan) if several else None for plan in plans]
+    if all(facts is not None for facts in before) and not in_parts:
         before = [None] * len(plans)  # and so say what is said of one
     with contextlib.ExitStack() as stack:
         works = [

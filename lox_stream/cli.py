@@ -178,6 +178,12 @@ def _run(
     from lox_stream.cli_run import carry_out, outputs_of, request_for
 
     flags, options, alphas = _understood(ctx, given)
+    if _typed(ctx, "part") and not options.part:
+        raise OptionError("--part is empty, expected such as 2/8; is a variable of the shell not set?")
+    if options.part and push_to is not None:
+        raise OptionError(
+            "--part and --push-to are both given, expected one. Push what `lox-stream finish` puts together"
+        )
     options = replace(options, form="weights", factor_dtype=DEFAULTS.factor_dtype)  # a recipe may be an adapter's
     outputs = outputs_of(out, alphas, save_factors, options)
     return carry_out(request_for(ctx.obj, base, aligned, outputs, flags), push_to)

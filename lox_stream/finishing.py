@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,14 +12,14 @@ from typing import Any
 from lox_stream import files
 from lox_stream.api import Progress, Summary, execute
 from lox_stream.device import settled
-from lox_stream.errors import OutputError
+from lox_stream.errors import CheckpointError, OutputError
 from lox_stream.facts import TensorFacts
-from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, byte_options, identity, session
 from lox_stream.manifest import PACKAGES, read_manifest, totals
-from lox_stream.names import listing, printable
+from lox_stream.names import listing, printable, shown
 from lox_stream.options import Options
-from lox_stream.output_rules import JOURNAL, MANIFEST, is_finished
+from lox_stream.output_rules import JOURNAL, MANIFEST, foreign_weights, is_finished
+from lox_stream.output_rules import output_names as names_written
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.repairing import facts_of, require_sealed
 from lox_stream.sampling import check_inputs, options_of
@@ -46,56 +47,107 @@ def finish(
     """
     folder = Path(out).absolute()
     parts = _parts(folder)
-    if is_finished(folder):
-        return _swept(folder, parts)
-    said = {number: _manifest(parts[number]) for number in parts}
-    first = said[min(said)]
-    told = options_of(folder, first["options"])
-    options = replace(told, part="", memory_bytes=machine.memory_bytes, threads=machine.threads)
-    base, aligned = (given or first["inputs"][side]["path"] for side, given in (("base", base), ("aligned", aligned)))
-    made = settled(plan(base, aligned, options=options))
-    _require_one_run(folder, said, made)
-    facts = {name: row for found in said.values() for name, row in facts_of(found["tensors"]).items()}
-    lost = [name for name in made.written.tensors if name not in facts]
-    if lost:
-        raise OutputError(f"{printable(folder)}: no part has {listing(lost)}, expected each tensor in one. {AGAIN}")
-    _move(parts, replace(made, out=folder), facts)
-    going_on = plan(base, aligned, folder, options=options, resume=True)
-    summary = execute(going_on, resume=True, progress=progress, cancel=cancel)
-    for place in parts.values():
-        _remove(place)
-    return replace(summary, warnings=(*summary.warnings, *_other_versions(said)))
+    with contextlib.ExitStack() as stack:
+        for place in parts.values():
+            _lock(place, stack)
+        if is_finished(folder):
+            return _swept(folder, parts)
+        said = {number: _manifest(parts[number]) for number in parts}
+        first = said[min(said)]
+        told = options_of(folder, first["options"])
+        options = replace(told, part="", memory_bytes=machine.memory_bytes, threads=machine.threads)
+        base = _there("base", base, first["inputs"]["base"]["path"])
+        aligned = _there("aligned", aligned, first["inputs"]["aligned"]["path"])
+        made = settled(plan(base, aligned, options=options))
+        _require_one_run(folder, said, made)
+        _require_room(folder, parts, said, made)
+        facts = {name: row for found in said.values() for name, row in facts_of(found["tensors"]).items()}
+        lost = [name for name in made.written.tensors if name not in facts]
+        if lost:
+            raise OutputError(f"{printable(folder)}: no part has {listing(lost)}, expected each tensor in one. {AGAIN}")
+        _move(parts, replace(made, out=folder), facts)
+        going_on = plan(base, aligned, folder, options=options, resume=True)
+        summary = execute(going_on, resume=True, progress=progress, cancel=cancel)
+        left = [warning for place in parts.values() for warning in _remove(place)]
+        return replace(summary, warnings=(*summary.warnings, *_other_versions(said), *left))
+
+
+def _lock(part: Path, stack: contextlib.ExitStack) -> None:
+    """Nobody writes a part, or puts the parts together, while we do."""
+    with files.explained(part, "lock the part", AGAIN):
+        try:
+            fd, _ = files.lock_folder(part)
+        except BlockingIOError:
+            raise OutputError(
+                f"{printable(part)}: is being written, or put together with others, by another process. Wait for it"
+            ) from None
+        stack.callback(files.close, fd)
+
+
+def _there(side: str, given: str | Path | None, had: str) -> str | Path:
+    """Where an input lies; raises CheckpointError."""
+    if given is None and not Path(had).exists():
+        raise CheckpointError(
+            [f"{side}: {printable(had)}: is not there, where part 1 had it. Say where it lies now: --{side} DIR"]
+        )
+    return had if given is None else given
 
 
 def _parts(folder: Path) -> dict[int, Path]:
     """The folders of the parts by their number: all of them, or what is left where they are together already."""
-    named = [path for path in folder.glob("part-*") if FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    counts = {int(FOLDER.sub(r"\2", path.name)) for path in named}
+    found = {
+        path: FOLDER.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()
+    }
+    named = {path: (int(name[1]), int(name[2])) for path, name in found.items() if name is not None}
+    if is_finished(folder):
+        return {number: path for path, (number, _) in sorted(named.items(), key=lambda item: item[1])}
     if not named:
         raise OutputError(f"{printable(folder)}: holds no parts of a run, expected such as part-1-of-8. Check the path")
+    counts = {count for _, count in named.values()}
     if len(counts) > 1:
-        raise OutputError(
-            f"{printable(folder)}: holds parts of {sorted(counts)}, expected one number. Remove the others"
-        )
+        raise OutputError(f"{printable(folder)}: holds parts of {sorted(counts)}, expected one number. Remove others")
     (count,) = counts
-    parts = {int(FOLDER.sub(r"\1", path.name)): path for path in named}
+    linked = [path.name for path, (number, _) in named.items() if path.is_symlink() or not 1 <= number <= count]
+    if linked:
+        raise OutputError(
+            f"{printable(folder)}: {listing(linked)}: is a link, or a number that no part has; expected folders of the "
+            f"parts 1 to {count}. Move it away"
+        )
     all_of_them = {number: folder / f"part-{number}-of-{count}" for number in range(1, count + 1)}
     lacking = [f"{number}/{count}" for number, place in all_of_them.items() if not is_finished(place)]
-    if lacking and not is_finished(folder):
+    if lacking:
         raise OutputError(
             f"{printable(folder)}: parts are missing or not finished: {listing(lacking)}; expected all {count}. {AGAIN}"
         )
-    return dict(sorted(parts.items()))
+    return all_of_them
+
+
+def _require_room(folder: Path, parts: Mapping[int, Path], said: Mapping[int, Mapping[str, Any]], made: Plan) -> None:
+    """Nothing is in the way of the files, and nothing lies beside them in the parts."""
+    strays = [
+        str(path.relative_to(folder))
+        for number, place in parts.items()
+        for path in sorted(place.rglob("*"))
+        if not path.is_dir() and path.relative_to(place).as_posix() not in {*said[number]["shards"], MANIFEST}
+    ]
+    blocked = [name for name in names_written(made.written) if (folder / name).is_dir()]
+    problems = foreign_weights(folder, made.written)
+    if strays or blocked:
+        problems.append(
+            f"{printable(folder)}: {listing([*strays, *blocked])}: is not of the run, expected nothing else there. "
+            "Move it away"
+        )
+    if problems:
+        raise OutputError("\n".join(problems))
 
 
 def _swept(folder: Path, parts: Mapping[int, Path]) -> Summary:
-    """Of an output that was put together before a crash left folders of its parts; raises OutputError for another."""
+    """Of an output that is whole already: what a crash left of its parts is removed; raises OutputError for others."""
     if any(path.suffix in (".safetensors", ".partial") for place in parts.values() for path in place.rglob("*")):
         raise OutputError(f"{printable(folder)}: holds a finished output, and parts of a run. Move one of them away")
-    for place in parts.values():
-        _remove(place)
+    left = [warning for place in parts.values() for warning in _remove(place)]
     facts = facts_of(read_manifest(folder)["tensors"])
-    warnings = (f"{folder}: was put together before; what was left of its parts is removed",)
+    warnings = (f"{folder}: is finished already", *left)
     return Summary(folder, totals(facts.values()), 0.0, 0, 0, warnings)
 
 
@@ -109,10 +161,13 @@ def _require_one_run(folder: Path, said: Mapping[int, Mapping[str, Any]], made: 
     wanted = byte_options(made.options)
     for number, found in said.items():
         told = options_of(folder, found["options"])
-        if told.part != f"{number}/{len(said)}" or byte_options(replace(told, part="")) != wanted:
+        has = byte_options(replace(told, part=""))
+        other = [name for name in wanted if has[name] != wanted[name]]
+        if told.part != f"{number}/{len(said)}" or other:
+            what = ", ".join(f"{name} is {shown(has[name])} and {shown(wanted[name])}" for name in other) or "its part"
             raise OutputError(
-                f"{printable(folder)}: part {number} was told other options than part {min(said)}, expected the same. "
-                "Run it again with --overwrite"
+                f"{printable(folder)}: parts {number} and {min(said)} were told other options ({what}), expected the "
+                "same. Run the wrong one again: lox-stream run ... --part I/N --overwrite"
             )
         check_inputs(found["inputs"], made)
 
@@ -127,7 +182,7 @@ def _other_versions(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
 def _move(parts: Mapping[int, Path], made: Plan, facts: Mapping[str, TensorFacts]) -> None:
     """A journal that calls all tensors finished, and then the files where it looks for them."""
     assert made.out is not None, "it is the folder of the parts"
-    with files.explained(made.out, "put the parts together", GO_ON):
+    with files.explained(made.out, "put the parts together", "Mend that, and call `lox-stream finish` again."):
         if not (made.out / JOURNAL).exists():
             Journal(made.out, Replay(identity(made), (session(),), dict(facts))).close()
         for shard in made.written.shards:
@@ -139,10 +194,15 @@ def _move(parts: Mapping[int, Path], made: Plan, facts: Mapping[str, TensorFacts
                 files.sync_folder(target.parent)
 
 
-def _remove(part: Path) -> None:
-    """What is left of a part: its manifest, and empty folders."""
-    with files.explained(part, "remove what is left of a part", "The output itself is finished. Remove the folder."):
+def _remove(part: Path) -> list[str]:
+    """What is left of a part: its manifest, and empty folders. Says what stays."""
+    try:
         (part / MANIFEST).unlink(missing_ok=True)
         for place in sorted((path for path in part.rglob("*") if path.is_dir()), reverse=True):
             place.rmdir()
         part.rmdir()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"{printable(part)}: is put together, and what else lies in it was left there: {error.strerror}"]
+    return []

@@ -220,7 +220,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: the run is finished. The folder is for the caller to sync."""
-        self.path.unlink(missing_ok=True)
+        for path in (files.partial(self.path), self.path):
+            path.unlink(missing_ok=True)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -215,6 +215,11 @@ def _not_empty(out: Path, held: Iterable[str]) -> str:
         what = "holds an unfinished run"
     elif MANIFEST in held:
         what = "holds a finished run"
+    elif any(name.startswith("part-") for name in held):
+        return (
+            f"{shown}: holds parts of a run: found {listing(held)}; expected an empty folder or none. Go on with them "
+            "by --part I/N, put them together by `lox-stream finish`, or choose another --out"
+        )
     return (
         f"{shown}: {what}: found {listing(held)}; expected an empty folder or none. Go on with an unfinished run by "
         "--resume, replace an earlier output by --overwrite, or choose another --out"

@@ -109,7 +109,7 @@ def plan(
             target = folder_of_part(target, options.part)
         problems.memory += _memory_problems(steps, options)
         warnings = [*_input_warnings(opened_base, opened_aligned), *warnings]
-    if target is not None:
+    if target is not None and not problems.output:
         roots = {
             "base": Path(base).absolute(),
             "adapter" if is_adapter(aligned) else "aligned": Path(aligned).absolute(),
@@ -144,19 +144,21 @@ def plan_all(
     As `plan`, but one that is finished already is no reason not to resume the others, nor one that is not there to
     repair them.
     """
-    several = resume and len(outputs) > 1
-    finished = [several and is_finished(Path(out)) for out, _ in outputs]
-    going = not all(finished)
+    in_parts = any(options.part for _, options in outputs)
+    several = resume and (len(outputs) > 1 or in_parts)
+    places = [folder_of_part(Path(out), options.part) if options.part else Path(out) for out, options in outputs]
+    finished = [several and is_finished(place) for place in places]
+    going = in_parts or not all(finished)
     return [
         plan(
             *(base, aligned, out),
             options=options,
             resume=resume,
             overwrite=overwrite,
-            repair=(repair and not (several and is_new(Path(out)))) or (done and going),  # whose rules let it be
+            repair=(repair and not (several and is_new(place))) or (done and going),  # whose rules let it be
             dry=dry,
         )
-        for (out, options), done in zip(outputs, finished, strict=True)
+        for (out, options), place, done in zip(outputs, places, finished, strict=True)
     ]
 
 

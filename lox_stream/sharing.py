@@ -93,7 +93,10 @@ def place_problems(out: Path, part: str) -> list[str]:
     """What else a folder holds that is to get a part."""
     _, count = numbers_of(part)
     if not is_new(out):
-        return [f"{printable(out)}: holds a run that was not in parts, expected none. Choose another --out"]
+        return [
+            f"{printable(out)}: holds an output or a run of the whole, perhaps of parts that were put together; "
+            "expected nothing but parts. It is done, or choose another --out"
+        ]
     places = [path.name for path in out.glob("part-*")] if out.is_dir() else []
     others = {found[2] for name in places if (found := FOLDER.fullmatch(name))} - {str(count)}
     if others:

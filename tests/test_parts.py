@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from folders import write
 
-from lox_stream import Options, OutputError, extrapolate, finish, finishing, plan
+from lox_stream import CheckpointError, Options, OutputError, extrapolate, files, finish, finishing, plan
 from lox_stream.cli import commands
 from lox_stream.synthetic import llama_shapes, pair_of, write_pair
 from lox_stream.verifying import verify_checksums
@@ -131,7 +131,7 @@ def test_parts_that_are_missing_or_not_of_one_run_are_refused(pair, tmp_path):
     with pytest.raises(OutputError, match=r"parts are missing or not finished: 2/3; expected all 3\. Run them"):
         finish(out)
     part(pair, out, 2, alpha=1.0)
-    with pytest.raises(OutputError, match=r"part 2 was told other options than part 1"):
+    with pytest.raises(OutputError, match=r"parts 2 and 1 were told other options \(alpha is 1\.0 and 1\.25\)"):
         finish(out)
     shutil.rmtree(out / "part-2-of-3")
     other = write_pair(tmp_path / "other", llama_shapes(64, 96, 4, 256, 32), aligned_shards=5, seed=7)
@@ -190,8 +190,79 @@ def test_the_commands(pair, right, tmp_path):
     assert json.loads(done.stdout)["totals"]["extrapolated"] == 29
     assert outputs(out) == right
     again = lox("finish", out)
-    assert again.exit_code == 1
-    assert "holds no parts of a run" in again.stderr
+    assert again.exit_code == 0, "a job that is begun again after its end"
+    assert "is finished already" in again.stderr
+    assert outputs(out) == right
+    late = lox("run", "--base", pair[0], "--aligned", pair[1], "--out", out, "--part", "1/3", "--resume")
+    assert late.exit_code == 1
+    assert "perhaps of parts that were put together" in " ".join(late.stderr.split())
+
+
+def test_a_finished_part_is_resumed_by_a_job_that_is_begun_again(pair, right, tmp_path):
+    out = parts(pair, tmp_path / "out")
+    words = ["run", "--base", pair[0], "--aligned", pair[1], "--out", out, "--part", "2/3"]
+    again = lox(*words, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "was finished before" in again.output
+    without = lox(*words)
+    assert without.exit_code == 1
+    assert "holds a finished run" in without.stderr
+    finish(out)
+    assert outputs(out) == right
+
+
+@pytest.mark.parametrize("stray", ["part-2-of-3/notes.txt", "part-1-of-3/sub/more.safetensors", "more.safetensors"])
+def test_a_file_that_is_not_of_the_run_is_refused_before_anything_is_moved(stray, pair, tmp_path):
+    out = parts(pair, tmp_path / "out")
+    (out / stray).parent.mkdir(exist_ok=True)
+    (out / stray).write_text("mine")
+    before = set(out.rglob("*"))
+    with pytest.raises(OutputError, match=stray):
+        finish(out)
+    assert set(out.rglob("*")) == before
+
+
+def test_a_set_of_outputs_is_shared_too(pair, right, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        words = ["--alpha", "0.5,1.25", "--out", "out-{alpha}", "--part", f"{number}/2"]
+        ran = lox("run", "--base", pair[0], "--aligned", pair[1], *words)
+        assert ran.exit_code == 0, ran.output
+    assert lox("finish", "out-1.25").exit_code == lox("finish", "out-0.5").exit_code == 0
+    assert outputs(tmp_path / "out-1.25") == right
+    assert outputs(tmp_path / "out-0.5").keys() == right.keys()
+
+
+def test_folders_that_are_no_parts_are_refused(pair, tmp_path):
+    out = parts(pair, tmp_path / "out")
+    (out / "part-4-of-3").mkdir()
+    with pytest.raises(OutputError, match=r"part-4-of-3: is a link, or a number that no part has"):
+        finish(out)
+    (out / "part-4-of-3").rmdir()
+    (out / "part-2-of-3").rename(tmp_path / "elsewhere")
+    (out / "part-2-of-3").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match=r"part-2-of-3: is a link"):
+        finish(out)
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_part_that_is_being_written_is_left_alone(pair, tmp_path):
+    out = parts(pair, tmp_path / "out")
+    fd, _ = files.lock_folder(out / "part-2-of-3")
+    with pytest.raises(OutputError, match="part-2-of-3: is being written"):
+        finish(out)
+    files.close(fd)
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_inputs_that_have_moved_are_asked_for(pair, tmp_path):
+    moved = [tmp_path / side.name for side in pair]
+    for side, place in zip(pair, moved, strict=True):
+        shutil.copytree(side, place)
+    out = parts(moved, tmp_path / "out")
+    moved[0].rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=r"is not there, where part 1 had it\. Say where it lies now: --base DIR"):
+        finish(out)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +271,8 @@ def test_the_commands(pair, right, tmp_path):
         (["--part", "4/3"], "--part is '4/3', expected such as 2/8"),
         (["--part", "0/3"], "--part is '0/3'"),
         (["--part", "1/9"], "the output has 5 files, which are not split"),
+        (["--part", ""], "--part is empty, expected such as 2/8"),
+        (["--part", "1/3", "--push-to", "me/model"], "--part and --push-to are both given, expected one"),
         (["--part", "1/3", "--save-factors", "factors"], "expected none for an adapter"),
     ],
     ids=str,
