@@ -232,7 +232,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise OutputError(f"{path}: no such file: {folder} is not a finished output of lox-stream. Check the path")
+        raise OutputError(
+            f"{path}: no such file: {folder} is not a finished output of lox-stream. Check the path, or finish its "
+            "run: --resume, or `lox-stream finish` for parts"
+        )
     if not is_regular(path):
         raise OutputError(f"{printable(path)}: is a folder, device, pipe or socket, expected a file. Check the path")
     with files.explained(path, "read the manifest", "Check its permissions and its disk."):
