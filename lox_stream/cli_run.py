@@ -345,7 +345,7 @@ def summary_document(summary: Summary, code: int) -> dict[str, Any]:
 def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
-    places = [folder_of_part(folder, one.part) if one.part else folder for folder, one in request.outputs]
+    places = [folder_of_part(folder, one.part) for folder, one in request.outputs]
     begun = [place for place in places if (place / JOURNAL).exists()]
     if not begun:
         return "stopped: nothing was written"

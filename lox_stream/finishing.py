@@ -18,12 +18,11 @@ from lox_stream.journal import Journal, Replay, byte_options, identity, session
 from lox_stream.manifest import PACKAGES, read_manifest, totals
 from lox_stream.names import listing, printable, shown
 from lox_stream.options import Options
-from lox_stream.output_rules import JOURNAL, MANIFEST, foreign_weights, is_finished
-from lox_stream.output_rules import output_names as names_written
+from lox_stream.output_rules import JOURNAL, MANIFEST, foreign_weights, is_finished, output_names
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.repairing import facts_of, require_sealed
 from lox_stream.sampling import check_inputs, options_of
-from lox_stream.sharing import FOLDER
+from lox_stream.sharing import FOLDER, folder_of_part
 
 AGAIN = "Run them: lox-stream run ... --part I/N, with --resume where they were begun"
 
@@ -53,7 +52,7 @@ def finish(
         if is_finished(folder):
             return _swept(folder, parts)
         said = {number: _manifest(parts[number]) for number in parts}
-        first = said[min(said)]
+        first = said[1]
         told = options_of(folder, first["options"])
         options = replace(told, part="", memory_bytes=machine.memory_bytes, threads=machine.threads)
         base = _there("base", base, first["inputs"]["base"]["path"])
@@ -113,7 +112,7 @@ def _parts(folder: Path) -> dict[int, Path]:
             f"{printable(folder)}: {listing(linked)}: is a link, or a number that no part has; expected folders of the "
             f"parts 1 to {count}. Move it away"
         )
-    all_of_them = {number: folder / f"part-{number}-of-{count}" for number in range(1, count + 1)}
+    all_of_them = {number: folder_of_part(folder, f"{number}/{count}") for number in range(1, count + 1)}
     lacking = [f"{number}/{count}" for number, place in all_of_them.items() if not is_finished(place)]
     if lacking:
         raise OutputError(
@@ -130,7 +129,7 @@ def _require_room(folder: Path, parts: Mapping[int, Path], said: Mapping[int, Ma
         for path in sorted(place.rglob("*"))
         if not path.is_dir() and path.relative_to(place).as_posix() not in {*said[number]["shards"], MANIFEST}
     ]
-    blocked = [name for name in names_written(made.written) if (folder / name).is_dir()]
+    blocked = [name for name in output_names(made.written) if (folder / name).is_dir()]
     problems = foreign_weights(folder, made.written)
     if strays or blocked:
         problems.append(
@@ -166,7 +165,7 @@ def _require_one_run(folder: Path, said: Mapping[int, Mapping[str, Any]], made: 
         if told.part != f"{number}/{len(said)}" or other:
             what = ", ".join(f"{name} is {shown(has[name])} and {shown(wanted[name])}" for name in other) or "its part"
             raise OutputError(
-                f"{printable(folder)}: parts {number} and {min(said)} were told other options ({what}), expected the "
+                f"{printable(folder)}: parts {number} and 1 were told other options ({what}), expected the "
                 "same. Run the wrong one again: lox-stream run ... --part I/N --overwrite"
             )
         check_inputs(found["inputs"], made)

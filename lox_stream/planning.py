@@ -146,7 +146,7 @@ def plan_all(
     """
     in_parts = any(options.part for _, options in outputs)
     several = resume and (len(outputs) > 1 or in_parts)
-    places = [folder_of_part(Path(out), options.part) if options.part else Path(out) for out, options in outputs]
+    places = [folder_of_part(Path(out), options.part) for out, options in outputs]
     finished = [several and is_finished(place) for place in places]
     going = in_parts or not all(finished)
     return [

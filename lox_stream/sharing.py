@@ -28,7 +28,9 @@ def numbers_of(part: str) -> tuple[int, int]:
 
 
 def folder_of_part(out: Path, part: str) -> Path:
-    """Where a part is written."""
+    """Where a part is written; the folder itself for the whole, which is the part ""."""
+    if not part:
+        return out
     number, count = numbers_of(part)
     return out / f"part-{number}-of-{count}"
 
