@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lox_stream.api import Progress, Summary, execute, execute_all, extrapolate
+    from lox_stream.anywhere import extrapolate
+    from lox_stream.api import Progress, Summary, execute, execute_all
     from lox_stream.errors import (
         Cancelled,
         CheckpointError,
@@ -63,7 +64,8 @@ __all__ = [
     "truncated_svd",
 ]
 _MODULES = {
-    "api": ("Progress", "Summary", "execute", "execute_all", "extrapolate"),
+    "anywhere": ("extrapolate",),
+    "api": ("Progress", "Summary", "execute", "execute_all"),
     "finishing": ("finish",),
     "options": ("Options",),
     "planning": ("Plan", "Step", "plan", "plan_all"),

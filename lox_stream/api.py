@@ -1,4 +1,4 @@
-"""The library: `extrapolate` writes a checkpoint, or several out of one pair."""
+"""The library: `execute` carries out a plan, or several of one pair."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lox_stream.carrying import LeftOut
@@ -14,13 +14,13 @@ from lox_stream.device import settled
 from lox_stream.documents import written_documents
 from lox_stream.errors import Cancelled, OptionError
 from lox_stream.facts import TensorFacts
-from lox_stream.hub import local
 from lox_stream.manifest import Totals, totals
 from lox_stream.matching import Step, output_bytes, written_names
-from lox_stream.options import Options, check_platform, check_ways
+from lox_stream.options import check_platform, check_ways
 from lox_stream.output_rules import is_new
-from lox_stream.pipeline import Finished, compute_all
-from lox_stream.planning import DEFAULTS, Plan, plan
+from lox_stream.pipeline import Finished, compute_all, jobs_for
+from lox_stream.planning import Plan
+from lox_stream.reader import Source
 from lox_stream.remarks import changed_bytes, plan_warnings, run_warnings
 from lox_stream.repairing import finished_before, survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
@@ -56,38 +56,6 @@ class Summary:
     left_out: tuple[LeftOut, ...] = ()  # of an adapter: what it cannot carry, and why
 
 
-def extrapolate(
-    base: str | Path,
-    aligned: str | Path,
-    out: str | Path,
-    *,
-    options: Options = DEFAULTS,
-    resume: bool = False,
-    overwrite: bool = False,
-    repair: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    cancel: threading.Event | None = None,
-) -> Summary:
-    """Write W_aligned + alpha * Proj_k(W_aligned - W_base) to the folder `out`.
-
-    `base` and `aligned` are folders, single files, or names on the hub (`org/name@revision`), which are downloaded into
-    its cache. `resume` goes on with an unfinished folder, `overwrite` replaces an earlier output. `repair`, together
-    with `resume`, checks every byte of a folder, finished or not, and makes again just what is not as it was written.
-
-    `progress` is called from this thread several times a second. Setting `cancel` raises Cancelled within about a
-    second; the folder can then be resumed. Raises LoxError of some kind for everything that is wrong with inputs,
-    options or the output folder, before anything is written where planning can know it.
-
-        from lox_stream import Options, extrapolate
-
-        summary = extrapolate("base", "aligned", "out", options=Options(rank=6, alpha=1.25))
-        print(summary.totals.retention)
-    """
-    here = local(base), local(aligned)
-    made = plan(*here, out, options=options, resume=resume, overwrite=overwrite, repair=repair)
-    return execute(made, resume=resume, overwrite=overwrite, repair=repair, progress=progress, cancel=cancel)
-
-
 def execute(
     plan: Plan,
     *,
@@ -97,7 +65,14 @@ def execute(
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Summary:
-    """Carry out a plan that was made with `out`; arguments as for `extrapolate`."""
+    """Carry out a plan that was made with `out`.
+
+    `resume` goes on with an unfinished folder, `overwrite` replaces an earlier output. `repair`, together with
+    `resume`, checks every byte of a folder, finished or not, and makes again just what is not as it was written.
+
+    `progress` is called from this thread several times a second. Setting `cancel` raises Cancelled within about a
+    second; the folder can then be resumed. Raises LoxError of some kind.
+    """
     (summary,) = execute_all(
         [plan], resume=resume, overwrite=overwrite, repair=repair, progress=progress, cancel=cancel
     )
@@ -112,10 +87,12 @@ def execute_all(
     repair: bool = False,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
+    source: Source | None = None,
 ) -> list[Summary]:
     """`execute` for several outputs of one pair: every tensor is read and solved once, and written to each.
 
     The plans differ in `out`, and of their options in `alpha` and `form` alone; the first one's say how it is computed.
+    `source` is what brings the weights here, of models that `reaching.reached` has laid out.
     """
     if any(plan.out is None for plan in plans):
         raise OptionError("the plan has no output folder, expected plan(base, aligned, out)")
@@ -124,6 +101,8 @@ def execute_all(
     plans = [settled(plan) for plan in plans]
     started = time.monotonic()
     cancel = cancel or threading.Event()
+    if source is not None:
+        source.room_for([job for plan in plans for job in jobs_for(plan)])
     in_parts = any(plan.options.part for plan in plans)
     several = resume and not repair and (len(plans) > 1 or in_parts)
     before = [finished_before(plan) if several else None for plan in plans]
@@ -148,12 +127,17 @@ def execute_all(
         going = [work for work in works if not work.output.has_nothing_to_do]
         if going:
             _compute(
-                going, _Reporter(plans, [step for work in works for step in work.steps], progress, started), cancel
+                going,
+                _Reporter(plans, [step for work in works for step in work.steps], progress, started),
+                cancel,
+                source,
             )
         published = iter([work.published(started) for work in works])
-        return [
+        summaries = [
             next(published) if facts is None else _left(plan, facts) for plan, facts in zip(plans, before, strict=True)
         ]
+    told = tuple(source.warnings) if source is not None else ()
+    return [replace(summary, warnings=(*summary.warnings, *told)) for summary in summaries]
 
 
 def _is_made_new(plan: Plan, plans: Sequence[Plan]) -> bool:
@@ -168,8 +152,8 @@ def _left(plan: Plan, facts: Mapping[str, TensorFacts]) -> Summary:
     return Summary(plan.out, totals(facts.values()), 0.0, 0, 0, warnings, left_out=plan.left_out)
 
 
-def _compute(works: Sequence[_Work], report: _Reporter, cancel: threading.Event) -> None:
-    with contextlib.closing(compute_all([work.way for work in works], stop=cancel)) as events:
+def _compute(works: Sequence[_Work], report: _Reporter, cancel: threading.Event, source: Source | None = None) -> None:
+    with contextlib.closing(compute_all([work.way for work in works], stop=cancel, source=source)) as events:
         report(())
         for event in events:
             if isinstance(event, Finished):

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from lox_stream.adapters import CONFIG, WEIGHTS, Pair
-from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, whence
 from lox_stream.matching import Step
 from lox_stream.names import hub_name, listing, matches, printable
 from lox_stream.options import Options, options_for
@@ -245,7 +245,7 @@ def adapter_config(aligned: Checkpoint, steps: Sequence[Step], options: Options)
     return {
         "peft_type": "LORA",
         "task_type": _task(aligned.config),
-        "base_model_name_or_path": hub_name(aligned.folder) or str(aligned.root),
+        "base_model_name_or_path": hub_name(aligned.folder) or whence(aligned).partition("@")[0],
         "r": rank,
         "lora_alpha": rank if vllm else _times(usual, rank),
         "target_modules": _targets([pair.module for _, pair in pairs], aligned),

@@ -46,6 +46,12 @@ class Checkpoint:
     components: tuple[Checkpoint, ...] = ()  # of a pipeline
     prefix: str = ""  # of a component's names: "transformer/"
     overlay: Overlay | None = None  # then the rest is the layout of the model that it lies over
+    origin: str = ""  # where it was fetched from: a name on the hub or an address; "": it lies here
+
+
+def whence(checkpoint: Checkpoint) -> str:
+    """What the user named."""
+    return checkpoint.origin or str(checkpoint.root)
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Shard, ...]:

@@ -30,6 +30,7 @@ from lox_stream.cli_options import (
     RECIPE,
     RENAME,
     ROUNDING,
+    SCRATCH,
     SOLVING,
     SPLIT_FUSED,
     TELLING,
@@ -83,7 +84,17 @@ class _Program(click.Group):
         sys.exit(guarded(lambda: super(_Program, self).main(list(typed), *rest, **extra)))
 
 
-FLAGS = ("resume", "overwrite", "repair", "dry_run", "assume", "as_json", "quiet")  # of `run`, beside Options
+FLAGS = (
+    "resume",
+    "overwrite",
+    "repair",
+    "dry_run",
+    "assume",
+    "as_json",
+    "quiet",
+    "scratch",
+    "scratch_size",
+)  # of `run`, beside Options
 
 
 @click.group(
@@ -138,6 +149,7 @@ def commands() -> None:
         metavar="ORG/NAME",
         help="Also upload the result to the hub, as a private model, in one commit.",
     ),
+    SCRATCH,
     DTYPE,
     MAX_SHARD_SIZE,
     RANK,
@@ -211,6 +223,7 @@ def _run(
         show_default=True,
         help="Of the factors.",
     ),
+    SCRATCH,
     RANK,
     option(
         METHOD,
@@ -254,6 +267,7 @@ def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target
     option(FILES, "--adapter", type=FOLDER, required=True, metavar="DIR", help="A LoRA adapter, as PEFT saves it."),
     option(FILES, "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model that the adapter changes."),
     OUT,
+    SCRATCH,
     DTYPE,
     MAX_SHARD_SIZE,
     option(
@@ -280,16 +294,12 @@ def _apply(ctx: click.Context, /, adapter: Path, aligned: Path, out: Path, alpha
     Example:
       lox-stream apply --adapter llama-lox-adapter --aligned llama-instruct --out llama-lox --alpha 0.8
     """
-    from lox_stream.cli_run import carry_out, in_words_of_apply, request_for, require_adapter, require_model
-    from lox_stream.hub import local
+    from lox_stream.cli_run import carry_out, in_words_of_apply, request_for
 
     flags = {name: given.pop(name) for name in FLAGS}
-    adapter = local(adapter)
-    require_adapter(adapter)
-    require_model(aligned)
     options = Options(alpha=0.0, scaling=alpha, memory_bytes=given.pop("memory"), **given)
     try:
-        return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags))
+        return carry_out(request_for(ctx.obj, aligned, adapter, [(out, options)], flags, merging=True))
     except LoxError as error:
         raise in_words_of_apply(error) from error
 

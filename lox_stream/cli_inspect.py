@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lox_stream.hub import is_hub_id, local, planned_first
+from lox_stream.hub import local, planned_first
 from lox_stream.inspecting import inspect_checkpoint, inspection_summary
 from lox_stream.messages import echo_json, warn
 from lox_stream.options import Options
@@ -19,7 +19,7 @@ def look(path: Path, recipe: Path | None, *, split_fused: bool, as_json: bool) -
         options = Options() if recipe is None else Options(**read_recipe(recipe))
         options = replace(options, split_fused=options.split_fused or split_fused)
         seen = inspect_checkpoint(local(path) if headers is None else headers[0], options)
-        seen = replace(seen, path=path) if is_hub_id(path) else seen
+        seen = replace(seen, path=path) if headers is not None else seen
         if as_json:
             echo_json(inspection_summary(seen))
         else:

@@ -254,6 +254,24 @@ HOST = (
         help="Threads that compute.",
     ),
 )
+SCRATCH = (
+    option(
+        FILES,
+        "--scratch",
+        type=FOLDER,
+        metavar="DIR",
+        show_default="TMPDIR, for s3:// and https://",
+        help="Where files that lie elsewhere pass through; names on the hub too, past its cache.",
+    ),
+    option(
+        FILES,
+        "--scratch-size",
+        callback=_size,
+        metavar="SIZE",
+        show_default="40GiB, or half of what is free",
+        help="What may lie there at once.",
+    ),
+)
 ON_THE_WAY = (
     option(WAYS, "--resume", is_flag=True, help="Go on with the unfinished run in --out."),
     option(

@@ -20,11 +20,13 @@ from lox_stream.adapters import is_adapter
 from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError
 from lox_stream.hub import is_hub_id, local, planned_first, prepared, push
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
-from lox_stream.names import listing, printable
+from lox_stream.names import address_of, listing, place_name, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
-from lox_stream.planning import Plan, plan_all, plan_summary
+from lox_stream.planning import Plan, plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
+from lox_stream.reaching import Reached, as_given, lies_elsewhere, named, reach, require_place
+from lox_stream.scratch_disk import Scratch, scratch_at
 from lox_stream.sharing import folder_of_part
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
@@ -51,7 +53,10 @@ class Request:
     assume: str
     as_json: bool
     quiet: bool
+    scratch: Path | None
+    scratch_size: int  # bytes; 0: as it says
     typed: tuple[str, ...]  # the command's arguments, `run` included
+    merging: bool  # aligned is an adapter, and nothing else is
 
 
 def request_for(
@@ -60,9 +65,11 @@ def request_for(
     aligned: Path,
     outputs: Sequence[tuple[Path, Options]],
     flags: Mapping[str, Any],
+    *,
+    merging: bool = False,
 ) -> Request:
     """What was typed, put together."""
-    return Request(base, aligned, tuple(outputs), typed=typed, **flags)
+    return Request(base, aligned, tuple(outputs), typed=typed, merging=merging, **flags)
 
 
 def outputs_of(out: str, alphas: Sequence[float], factors: Path | None, options: Options) -> list[tuple[Path, Options]]:
@@ -141,12 +148,15 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
             "--repair and --dry-run are both given, expected one: `lox-stream verify` says what is damaged"
         )
     machine = parse_machine(request.assume)
+    _require_sensible_places(request, push_to)
     with Interruption(lambda: _stopped(request)) as interruption, ExitStack() as stack:
-        if is_hub_id(request.base) or is_hub_id(request.aligned):
-            given, request = request, _here(request, stack)
-            made = [_with_names(one, given) for one in _plans(request)]
-        else:
-            made = _plans(request)
+        reached, scratch = _reached(request, stack)
+        stack.enter_context(named(reached))
+        request = replace(request, base=reached.base, aligned=reached.aligned)
+        if request.merging:
+            require_adapter(request.aligned)
+            require_model(request.base)
+        made = [as_given(one, reached) for one in _plans(request)]
         if not request.dry_run:
             from lox_stream.device import settled
 
@@ -159,7 +169,7 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
         if push_to is not None:
             prepared(push_to)  # before hours of work: an account, and the right to write
         try:
-            summaries = _execute(request, made, interruption)
+            summaries = _execute(request, made, interruption, scratch)
         except Cancelled:
             assert interruption.number is not None, "nobody else cancels"
             interruption.leave(interruption.number)
@@ -191,7 +201,26 @@ def _with_way_out(error: LoxError, again: str) -> Any:
     return text.split("\n") if isinstance(error, CheckpointError) else text
 
 
+def _require_sensible_places(request: Request, push_to: str | None) -> None:
+    """Raise OptionError for what an output in a bucket cannot be."""
+    for out, one in request.outputs:
+        require_place(out, one, repair=request.repair)
+    addresses = [out for out, _ in request.outputs if address_of(out)]
+    if not addresses:
+        return
+    if len({one.form for _, one in request.outputs}) > 1 or len(addresses) < len(request.outputs):
+        raise OptionError(
+            "--save-factors is given, and an address for --out or for itself; expected folders. Write the adapter by "
+            "itself: lox-stream adapter"
+        )
+    if push_to is not None:
+        raise OptionError("--push-to is given for an output in a bucket, expected one in a folder. Leave one out")
+
+
 def _plans(request: Request) -> list[Plan]:
+    if address_of(request.outputs[0][0]):
+        made = [plan(request.base, request.aligned, options=one, dry=request.dry_run) for _, one in request.outputs]
+        return [replace(one, out=out) for one, (out, _) in zip(made, request.outputs, strict=True)]
     return plan_all(
         request.base,
         request.aligned,
@@ -203,11 +232,24 @@ def _plans(request: Request) -> list[Plan]:
     )
 
 
-def _here(request: Request, stack: ExitStack) -> Request:
-    """The request for models that lie here: the headers of those on the hub for a dry run, else their downloads.
+def _reached(request: Request, stack: ExitStack) -> tuple[Reached, Scratch | None]:
+    """The inputs as folders of this machine, and the scratch that their weights pass through if there is one."""
+    addresses = [path for path in (request.base, request.aligned, request.outputs[0][0]) if address_of(path)]
+    if request.scratch is not None or addresses:
+        scratch = stack.enter_context(scratch_at(request.scratch, request.scratch_size))
+        dry = request.dry_run and not request.resume
+        return reach(request.base, request.aligned, scratch, dry=dry), scratch
+    if lies_elsewhere(request.base) or lies_elsewhere(request.aligned):
+        return _by_cache(request, stack), None
+    return Reached(request.base, request.aligned, ("", "")), None
+
+
+def _by_cache(request: Request, stack: ExitStack) -> Reached:
+    """Models on the hub: their headers for a dry run, else their downloads.
 
     Before anything large is downloaded the plan has been made of headers, and what is wrong is raised.
     """
+    given = tuple(str(path) if is_hub_id(path) else "" for path in (request.base, request.aligned))
     if request.dry_run and request.resume:
         raise OptionError(
             "--dry-run and --resume are both given for a model on the hub, expected one: what is left to do is told by "
@@ -215,33 +257,15 @@ def _here(request: Request, stack: ExitStack) -> Request:
         )
     headers = stack.enter_context(planned_first(request.base, request.aligned))
     if headers is not None:
-        seen = replace(request, base=headers[0], aligned=headers[1])
-        try:
-            _plans(seen)
-        except LoxError as error:
-            raise _named(error, headers, request) from error
+        seen = Reached(headers[0], headers[1], (given[0], given[1]))
         if request.dry_run:
             return seen
+        with named(seen):
+            _plans(replace(request, base=seen.base, aligned=seen.aligned))
     if not request.quiet:
         names = [str(path) for path in (request.base, request.aligned) if is_hub_id(path)]
         click.echo(escaped(f"fetching {' and '.join(names)} from the hub, as far as the cache lacks it"), err=True)
-    return replace(request, base=local(request.base), aligned=local(request.aligned))
-
-
-def _with_names(made: Plan, given: Request) -> Plan:
-    """A plan that was made of headers, with the names of the models in place of temporary folders."""
-    if not given.dry_run:
-        return made
-    base, aligned = replace(made.base, root=given.base), replace(made.aligned, root=given.aligned)
-    return replace(made, base=base, aligned=aligned)
-
-
-def _named(error: LoxError, headers: Sequence[Path], request: Request) -> LoxError:
-    """The error with the names that were given in place of temporary folders."""
-    text = str(error)
-    for path, given in zip(headers, (request.base, request.aligned), strict=True):
-        text = text.replace(str(path), str(given))
-    return CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)
+    return Reached(local(request.base), local(request.aligned), ("", ""))
 
 
 def _still_to_do(request: Request, made: Plan) -> Plan:
@@ -271,13 +295,21 @@ def _show_plans(request: Request, made: Sequence[Plan], machine: Machine) -> Non
         console.print("Nothing was written (--dry-run).")
 
 
-def _execute(request: Request, made: Sequence[Plan], interruption: Interruption) -> list[Summary]:
+def _execute(
+    request: Request, made: Sequence[Plan], interruption: Interruption, scratch: Scratch | None
+) -> list[Summary]:
     from lox_stream.api import execute_all
     from lox_stream.rendering import console_of
     from lox_stream.showing import display
 
     label = "repairing" if request.repair else "extrapolating"
     with display(console_of(stderr=True), label, quiet=request.quiet) as show, interruption.gently():
+        if scratch is not None and address_of(request.outputs[0][0]):
+            from lox_stream.shipping import ship
+
+            places = [out for out, _ in request.outputs]
+            ways = {"resume": request.resume, "overwrite": request.overwrite}
+            return ship(made, places, scratch, **ways, progress=show, cancel=interruption.cancel)
         return execute_all(
             made,
             resume=request.resume,
@@ -285,6 +317,7 @@ def _execute(request: Request, made: Sequence[Plan], interruption: Interruption)
             repair=request.repair,
             progress=show,
             cancel=interruption.cancel,
+            source=scratch,
         )
 
 
@@ -338,7 +371,7 @@ def summary_document(summary: Summary, code: int) -> dict[str, Any]:
     """A summary as JSON-able data, with its rate and the exit code."""
     moved = summary.read_bytes + summary.written_bytes
     rate = moved / summary.elapsed_s if summary.elapsed_s > 0 else None
-    rest = {"out": str(summary.out), "read_and_written_bytes_per_s": rate, "exit_code": code}
+    rest = {"out": place_name(summary.out), "read_and_written_bytes_per_s": rate, "exit_code": code}
     return asdict(summary) | rest
 
 
@@ -346,11 +379,11 @@ def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
     places = [folder_of_part(folder, one.part) for folder, one in request.outputs]
-    begun = [place for place in places if (place / JOURNAL).exists()]
+    begun = [place_name(place) for place in places if address_of(place) or (place / JOURNAL).exists()]
     if not begun:
         return "stopped: nothing was written"
     verb = "keeps" if len(begun) == 1 else "keep"
-    return f"stopped: {listing(map(str, begun))} {verb} what is finished and synced. Go on with:\n  {command}"
+    return f"stopped: {listing(begun)} {verb} what is finished and synced. Go on with:\n  {command}"
 
 
 def going_on(typed: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lox_stream.api import Progress, Summary, extrapolate
+from lox_stream.anywhere import extrapolate
+from lox_stream.api import Progress, Summary
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts
 from lox_stream.journal import tensor_facts

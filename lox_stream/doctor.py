@@ -20,6 +20,7 @@ from lox_stream.journal import version
 
 EXTRAS = {
     "hub": ("models on the hub", ("huggingface_hub",)),
+    "cloud": ("s3:// and https:// addresses", ("obstore", "boto3")),
     "peft": ("adapters in PEFT", ("peft", "transformers")),
     "mergekit": ("lox-mergekit", ("mergekit",)),
     "gguf": ("GGUF files", ("gguf",)),

@@ -1,4 +1,5 @@
-"""Models on the hub: planned from their headers, then downloaded by huggingface_hub into its own cache.
+"""Models on the hub: planned from their headers, then downloaded by huggingface_hub into its own cache, or fetched
+shard by shard (`scratch_disk`).
 
 `org/name`, or `org/name@revision`, may stand wherever the command takes a folder. What is already in the cache is not
 downloaded again; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere.
@@ -12,35 +13,26 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from lox_stream.adapters import CONFIG as ADAPTER
-from lox_stream.adapters import WEIGHTS
 from lox_stream.errors import CheckpointError, LoxError, OutputError
 from lox_stream.journal import version
-from lox_stream.layout import is_index
 from lox_stream.manifest import read_manifest
-from lox_stream.names import listing, printable
+from lox_stream.names import address_of, listing, printable
+from lox_stream.objects import files_at
 from lox_stream.output_rules import MANIFEST
-from lox_stream.shards import MAX_HEADER_BYTES
+from lox_stream.remote import OTHERS, RemoteFile, first_line, lay_out, tells_by_headers, wanted
 
 MISSING = (
     "huggingface_hub is not installed; expected it for models on the hub. Install it, which is the extra [hub]: "
     "pip install huggingface_hub"
 )
 ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")
-OTHERS = (  # formats of the same weights, and what no model needs
-    *("*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.mlmodel*", "*.pth", "*.pt", "*.ckpt", "*.npz"),
-    *("original/*", "consolidated*", "*.png", "*.jpg", "*.gif", "*.mp4"),
-)
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 OF_TORCH = ("*.bin", "*.bin.index*.json")
 BUSY = (429, 500, 502, 503, 504)  # that a server answers which may have time later
-FIRST_BYTES = 1 << 16  # of a file of weights: most headers end within
-SMALL_BYTES = 1 << 20  # files of JSON that a plan may look at
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -50,7 +42,12 @@ def is_hub_id(path: str | Path) -> bool:
     (True, True, False, False)
     """
     text = str(path)
-    return ID.fullmatch(text) is not None and not os.path.lexists(text.partition("@")[0]) and not os.path.lexists(text)
+    return (
+        not address_of(path)
+        and ID.fullmatch(text) is not None
+        and not os.path.lexists(text.partition("@")[0])
+        and not os.path.lexists(text)
+    )
 
 
 @contextmanager
@@ -60,20 +57,32 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
     Some kilobytes a shard are read. None where these do not tell what is in it (weights in other files than
     safetensors, an adapter), and offline. Raises CheckpointError.
     """
-    hub, (repo, revision) = _library(), _parts(str(name))
-    if hub.constants.HF_HUB_OFFLINE:
+    if address := address_of(name):
+        found = files_at(address)
+    elif _library().constants.HF_HUB_OFFLINE:
         yield None
         return
+    else:
+        found = files_of(name)
     with tempfile.TemporaryDirectory(prefix="lox-stream-headers-") as temporary:
-        folder = Path(temporary) / repo.replace("/", "--")
-        with _explained(hub, repo, revision):
-            info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-            wanted = _wanted([(one.rfilename, one.size or 0) for one in info.siblings])
-            names = {file for file, _ in wanted}
-            plain = any(file.endswith(".safetensors") for file in names) and ADAPTER not in names
-            for file, size in wanted if plain else []:
-                _mirror(_Remote(hub, hub.hf_hub_url(repo, file, revision=info.sha), size), folder / file)
+        folder = Path(temporary) / str(name).replace("/", "--")
+        plain = tells_by_headers(found)
+        for file in found if plain else []:
+            lay_out(file, folder, dry=True)
         yield folder if plain else None
+
+
+def files_of(name: str | Path) -> list[RemoteFile]:
+    """The files of a model on the hub, of one commit of it. Raises CheckpointError."""
+    hub, (repo, revision) = _library(), _parts(str(name))
+    with _explained(hub, repo, revision):
+        info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    found = []
+    for one in info.siblings:
+        remote = _Remote(hub, repo, revision, hub.hf_hub_url(repo, one.rfilename, revision=info.sha))
+        sha256 = one.lfs.sha256 if one.lfs is not None else ""
+        found.append(RemoteFile(one.rfilename, remote.url, one.size or 0, remote.read, sha256=sha256))
+    return wanted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +90,18 @@ class _Remote:
     """A file on the hub."""
 
     hub: Any
+    repo: str
+    revision: str | None
     url: str
-    size: int
 
     def read(self, start: int, end: int) -> bytes:
-        """Its bytes [start, end)."""
-        if start >= end:
-            return b""
-        wanted = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        headers = self.hub.utils.build_hf_headers() | wanted
+        """Its bytes [start, end). Raises CheckpointError; ConnectionError where asking again may help."""
+        with _explained(self.hub, self.repo, self.revision, again=True):
+            return self._read(start, end)
+
+    def _read(self, start: int, end: int) -> bytes:
+        asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        headers = self.hub.utils.build_hf_headers() | asked
         answer = self.hub.utils.http_backoff(
             "GET", self.url, headers=headers, retry_on_status_codes=BUSY, max_retries=5
         )
@@ -97,29 +109,7 @@ class _Remote:
         found = bytes(answer.content)
         if answer.status_code == HTTPStatus.OK:  # a server that knows no ranges gives the whole
             found = found[start:end]
-        if len(found) != end - start:
-            raise OSError(f"{self.url}: {len(found)} bytes came, expected {end - start}")
         return found
-
-
-def _mirror(remote: _Remote, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        path.write_bytes(_header(remote))
-        os.truncate(path, remote.size)
-    elif path.suffix == ".json" and remote.size <= SMALL_BYTES:
-        path.write_bytes(remote.read(0, remote.size))
-    else:
-        path.touch()
-
-
-def _header(remote: _Remote) -> bytes:
-    """The header of a safetensors file, its length in front, as far as that can be one; who opens it judges it."""
-    first = remote.read(0, min(FIRST_BYTES, remote.size))
-    length = 8 + int.from_bytes(first[:8], "little")
-    if length <= len(first) or length > min(remote.size, 8 + MAX_HEADER_BYTES):
-        return first
-    return first + remote.read(len(first), length)
 
 
 def downloaded(name: str | Path) -> Path:
@@ -132,8 +122,7 @@ def downloaded(name: str | Path) -> Path:
     with _explained(hub, repo, revision):
         if hub.constants.HF_HUB_OFFLINE:  # nobody knows what the hub has: what we would not have fetched may be missing
             return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=[*OTHERS, ".*", *OF_TORCH]))
-        info = hub.HfApi().model_info(repo, revision=revision)
-        names = [file for file, _ in _wanted([(one.rfilename, 0) for one in info.siblings])]
+        names = [file.name for file in files_of(name)]
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=names))
 
 
@@ -142,22 +131,6 @@ def _parts(name: str) -> tuple[str, str | None]:
     if found is None:
         raise CheckpointError([f"{printable(name)}: is no name on the hub, expected org/name or org/name@revision"])
     return found[1], found[2]
-
-
-def _wanted(files: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The files of a model, with their sizes: no other formats, and of torch's only where there are no safetensors."""
-    plain = any(name.endswith(".safetensors") for name, _ in files)
-    return [
-        (name, size)
-        for name, size in files
-        if not any(fnmatchcase(name, glob) for glob in OTHERS)
-        and not name.startswith(".")
-        and not (plain and _of_torch(name))
-    ]
-
-
-def _of_torch(name: str) -> bool:
-    return (name.endswith(".bin") and name not in WEIGHTS) or (is_index(name) and ".bin." in name)
 
 
 def _library() -> Any:
@@ -171,8 +144,8 @@ def _library() -> Any:
 
 
 @contextmanager
-def _explained(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one message with its way out."""
+def _explained(hub: Any, repo: str, revision: str | None, *, again: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one message with its way out; `again`: ConnectionError if that may pass."""
     errors = hub.errors
     at = f"{repo}@{revision}" if revision else repo
     try:
@@ -192,31 +165,38 @@ def _explained(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             [
                 f"{at}: is not in the cache ({hub.constants.HF_HUB_CACHE}), and the hub cannot be reached: "
-                f"{_first_line(error)} Connect, or give a folder"
+                f"{first_line(error)} Connect, or give a folder"
             ]
         ) from error
     except LoxError:
         raise
     except Exception as error:  # of its HTTP library, which differs between versions, and its own
-        problem = f"{at}: the hub, or the way to it, failed: {_first_line(error)} Try again: what has arrived is kept"
+        if again:
+            raise ConnectionError(first_line(error)) from error
+        problem = f"{at}: the hub, or the way to it, failed: {first_line(error)} Try again: what has arrived is kept"
         raise CheckpointError([problem]) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return printable(text if text.endswith(".") else f"{text}.")
 
 
 @contextmanager
 def planned_first(*paths: Path) -> Iterator[list[Path] | None]:
-    """The paths with the headers of models in place of those on the hub, or None where they tell too little."""
+    """The paths with the headers of models in place of those elsewhere, or None where they tell too little."""
     with ExitStack() as stack:
-        found = [stack.enter_context(headers_of(path)) if is_hub_id(path) else path for path in paths]
+        found = [
+            stack.enter_context(headers_of(path)) if is_hub_id(path) or address_of(path) else path for path in paths
+        ]
         yield None if None in found else [path for path in found if path is not None]
 
 
 def local(path: str | Path) -> Path:
-    """The folder that a path names, which for a model on the hub is its folder in the cache."""
+    """The folder that a path names, which for a model on the hub is its folder in the cache.
+
+    Raises CheckpointError for an address, of which only shards that are in work are fetched.
+    """
+    if address := address_of(path):
+        problem = (
+            "is an address, which `run`, `adapter`, `apply` and `inspect` read; expected a folder here. Copy it first"
+        )
+        raise CheckpointError([f"{printable(address)}: {problem}"])
     return downloaded(path) if is_hub_id(path) else Path(path)
 
 

@@ -14,7 +14,7 @@ from lox_stream.errors import OptionError
 from lox_stream.fused import Parts, fused_warnings, parts_of
 from lox_stream.kinds import stack_of
 from lox_stream.matching import decide, glob_problems
-from lox_stream.names import matches, pattern_of, printable
+from lox_stream.names import matches, pattern_of, place_name, printable
 from lox_stream.options import Options, Rule, check_options, options_for, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.scales import scale_names, scaled_weights
@@ -174,7 +174,7 @@ def _hit(rule: Rule, rows: Sequence[Row], options: Options) -> Hit:
 def inspection_summary(inspection: Inspection) -> dict[str, Any]:
     """The same as JSON-able data, with the fields' names as keys."""
     data = asdict(inspection)
-    data["path"] = str(inspection.path)
+    data["path"] = place_name(inspection.path)
     data["companions"] = [path.as_posix() for path in inspection.companions]
     return data
 

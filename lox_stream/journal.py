@@ -135,13 +135,17 @@ def sample_hash(shard: Shard) -> str:
     Raises DataError for a file that cannot be read any more.
     """
     digest = xxhash.xxh3_64()
-    first = len(shard.header)
     with files.explained(shard.path, "read it", files.GO_ON, DataError), files.opened(shard.path) as fd:
-        for i in range(SAMPLE_PIECES):
-            start = first + (shard.size_bytes - first) * i // SAMPLE_PIECES
-            for piece in files.read_pieces(fd, start, SAMPLE_BYTES):
+        for start, n_bytes in sample_starts(len(shard.header), shard.size_bytes):
+            for piece in files.read_pieces(fd, start, n_bytes):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def sample_starts(header_bytes: int, size_bytes: int) -> list[tuple[int, int]]:
+    """Where the pieces of `sample_hash` begin, and their bytes, in a file of that header and size."""
+    starts = [header_bytes + (size_bytes - header_bytes) * i // SAMPLE_PIECES for i in range(SAMPLE_PIECES)]
+    return [(start, max(0, min(SAMPLE_BYTES, size_bytes - start))) for start in starts]
 
 
 def session() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from lox_stream import files
-from lox_stream.checkpoint import Checkpoint, Shard, files_of
+from lox_stream.checkpoint import Checkpoint, Shard, files_of, whence
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, sample_hash, version
@@ -147,7 +147,7 @@ def input_of(checkpoint: Checkpoint, began: Mapping[str, Any] | None = None) -> 
     """What tells an input from others, as the manifest has it; samples in `began` are not taken again."""
     known = began or {}
     return {
-        "path": str(checkpoint.root),
+        "path": whence(checkpoint),
         "shards": {
             source_name(shard): {
                 "size": shard.size_bytes,

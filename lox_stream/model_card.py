@@ -15,7 +15,7 @@ import yaml
 from lox_stream.checkpoint import Checkpoint
 from lox_stream.journal import version
 from lox_stream.manifest import Totals
-from lox_stream.names import hub_name, printable
+from lox_stream.names import address_of, hub_name, printable
 from lox_stream.output_rules import MODEL_CARD
 from lox_stream.planning import Plan
 
@@ -60,7 +60,10 @@ def card_for(plan: Plan, totals: Totals) -> bytes:
 
 
 def model_name(checkpoint: Checkpoint) -> str:
-    """The name on the hub of a checkpoint in the hub's cache (`models--ORG--NAME/...`), else its folder's own."""
+    """The name on the hub, also of a checkpoint in the hub's cache (`models--ORG--NAME/...`), else its folder's own."""
+    if checkpoint.origin:
+        name = checkpoint.origin.partition("@")[0]
+        return name.rpartition("/")[2] if address_of(name) else name
     folder = checkpoint.folder if checkpoint.overlay is None else checkpoint.overlay.folder
     return hub_name(folder) or folder.resolve().name
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
+_ADDRESS = re.compile(r"(s3|https?):/+(.*)")
+
 
 def printable(name: str | PurePath) -> str:
     """The name or path with every character that a terminal could obey written as an escape: `a\\x1b[2J`."""
@@ -41,6 +43,21 @@ def hub_name(folder: Path) -> str:
         if found := re.fullmatch(r"models--(.+?)--(.+)", part):
             return f"{found[1]}/{found[2]}"
     return ""
+
+
+def address_of(path: str | Path) -> str:
+    """The address that a path is, its two slashes put back, or "" for a path of this machine.
+
+    >>> address_of(Path("s3://bucket/model/")), address_of("https://host/a/b"), address_of("/models/a")
+    ('s3://bucket/model', 'https://host/a/b', '')
+    """
+    found = _ADDRESS.fullmatch(str(path))
+    return f"{found[1]}://{found[2].rstrip('/')}" if found else ""
+
+
+def place_name(path: str | Path) -> str:
+    """A path or an address as people write it."""
+    return address_of(path) or str(path)
 
 
 def is_plain_relative(name: str) -> bool:

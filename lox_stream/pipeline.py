@@ -26,9 +26,9 @@ from lox_stream.facts import TensorFacts
 from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
-from lox_stream.planning import memory_needed
+from lox_stream.planning import Plan, memory_needed
 from lox_stream.processing import process
-from lox_stream.reader import Prefetch
+from lox_stream.reader import Prefetch, Source
 from lox_stream.sinks import Use, Way, Written
 from lox_stream.workers import Workers
 
@@ -102,10 +102,12 @@ def compute_all(
     stop: threading.Event | None = None,
     in_order: bool = False,
     held_bytes: Callable[[Step], int] = lambda step: 0,
+    source: Source | None = None,
 ) -> Generator[Finished | Tick, None, None]:
     """`compute` for several outputs of one pair: each tensor is read and solved once, for all that have it.
 
-    The first output's options say how it is computed. A tensor's events come one after the other.
+    The first output's options say how it is computed. A tensor's events come one after the other. `source` brings
+    weights here that lie elsewhere.
     """
     options = ways[0].options
     steps = _leaders(ways)
@@ -118,6 +120,8 @@ def compute_all(
     jobs = jobs_of(steps, options)
     if not in_order:
         jobs = smallest_first(jobs, steps)
+    if source is not None:
+        source.expect([[steps[index] for index in job] for job in jobs])
     costs_of = [_memory_for(step, ways) + held_bytes(step) for step in steps]
     admission = _Admission(costs_of, jobs, options, threads, count * costs.PINNED_BYTES)
     parked: dict[int, list[Finished]] = {}
@@ -127,6 +131,7 @@ def compute_all(
             min(WINDOW_BYTES, options.memory_bytes),
             lambda: events.put(_Fetched()),
             lambda error: events.put(_Failed(error)),
+            source,
         )
         try:
             following = 0
@@ -192,7 +197,7 @@ def _uses(leader: Step, ways: Sequence[Way]) -> list[Use]:
 
 
 def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
-    """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of the file.
+    """Every step's index once; jobs in the order of their first, the steps of a job within SPAN_BYTES of one file.
 
     A weight of FP8 and its scales are a job of their own, in this order.
     """
@@ -206,7 +211,8 @@ def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
             jobs.append([index, pairs[index]])
         if index in pairs or index in pairs.values():
             continue
-        shape = step.count, step.m, step.n, step.rank, step.parts
+        files = step.aligned.path, step.base and step.base.path  # which a scratch has to hold
+        shape = *files, step.count, step.m, step.n, step.rank, step.parts
         job = jobs[latest[shape]] if shape in latest else []
         if job and len(job) < _together(step, options) and ends[index] - ends[job[0]] <= span:
             job.append(index)
@@ -214,6 +220,11 @@ def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
             latest[shape] = len(jobs)
             jobs.append([index])
     return [tuple(job) for job in jobs]
+
+
+def jobs_for(plan: Plan) -> list[list[Step]]:
+    """The same of a plan: the steps of each job."""
+    return [[plan.steps[index] for index in job] for job in jobs_of(plan.steps, plan.options)]
 
 
 def _pairs(steps: Sequence[Step]) -> dict[int, int]:

@@ -11,13 +11,13 @@ from lox_stream import costs
 from lox_stream.adapters import Adapter, is_adapter, open_adapter, rescaled_to
 from lox_stream.adapting import laid_over, match_adapter
 from lox_stream.carrying import LeftOut, adapter_inputs, adapter_warnings, as_adapter
-from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, companion_path, files_of, open_checkpoint
+from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, companion_path, files_of, open_checkpoint, whence
 from lox_stream.companions import companion_problems
 from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, OptionError, OutputError
 from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
-from lox_stream.names import listing, printable
+from lox_stream.names import listing, place_name, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
 from lox_stream.output_rules import is_finished, is_new, output_problems
 from lox_stream.output_rules import output_names as names_written
@@ -261,9 +261,9 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         for action in ("extrapolate", "copy", "rescale", "merge")
     )
     return {
-        "base": str(plan.base.root),
-        "aligned": str(plan.aligned.root),
-        "out": str(plan.out) if plan.out is not None else None,
+        "base": whence(plan.base),
+        "aligned": whence(plan.aligned),
+        "out": place_name(plan.out) if plan.out is not None else None,
         "options": asdict(plan.options),
         "steps": [_step_summary(step, plan.options) for step in plan.steps],
         "totals": {

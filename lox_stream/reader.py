@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -96,13 +97,24 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
                 files.drop_cache(fd, start, info.start + info.n_bytes - start)
 
 
+class Source(Protocol):
+    """Brings the weights here that lie elsewhere: `scratch_disk.Scratch`."""
+
+    @property
+    def warnings(self) -> list[str]: ...  # complete messages
+    def room_for(self, jobs: Sequence[Sequence[Step]]) -> None: ...
+    def expect(self, jobs: Sequence[Sequence[Step]]) -> None: ...
+    def need(self, job: Sequence[Step], closed: Callable[[], bool]) -> None: ...
+    def done(self, job: Sequence[Step]) -> None: ...
+
+
 class Prefetch:
     """Reads the bytes of the jobs to come into the page cache, base and aligned side by side, in order.
 
     What lies there already is left alone: to read it again would cost a copy.
 
     At most `window_bytes` are fetched and not yet released; a larger job is fetched alone. After each job `fetched()`
-    is called, or once `failed(error)`; both from a thread of this class.
+    is called, or once `failed(error)`; both from a thread of this class. A `source` is waited for before each job.
     """
 
     def __init__(
@@ -111,8 +123,9 @@ class Prefetch:
         window_bytes: int,
         fetched: Callable[[], None],
         failed: Callable[[BaseException], None],
+        source: Source | None = None,
     ) -> None:
-        self._jobs = jobs
+        self._jobs, self._source = jobs, source
         self._window = window_bytes
         self._fetched, self._failed = fetched, failed
         self._changed = threading.Condition()
@@ -123,6 +136,8 @@ class Prefetch:
 
     def release(self, job: Sequence[Step]) -> None:
         """The job's last pass is over: its bytes leave the window."""
+        if self._source is not None:
+            self._source.done(job)
         with self._changed:
             self._held -= read_bytes(job)
             self._changed.notify_all()
@@ -139,6 +154,8 @@ class Prefetch:
             try:
                 for job in self._jobs:
                     self._admit(read_bytes(job))
+                    if self._source is not None:
+                        self._source.need(job, lambda: self._closed)
                     other = sides.submit(self._fetch_all, [step.base for step in job if step.base])
                     self._fetch_all([step.aligned for step in job])
                     other.result()

@@ -16,8 +16,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from lox_stream.checkpoint import whence
 from lox_stream.matching import output_bytes
-from lox_stream.names import listing, pattern_of, printable
+from lox_stream.names import address_of, listing, pattern_of, place_name, printable
 from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
 from lox_stream.predicting import Prediction
@@ -125,10 +126,10 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
     rank = f"rank {plan.options.rank}" if plan.options.rank else "full rank"
     rules = f", but for {counted(len(plan.options.recipe), 'rule')}" if plan.options.recipe else ""
     rows: list[tuple[str, object]] = [
-        ("base", plan.base.root),
-        ("aligned", plan.aligned.root),
+        ("base", whence(plan.base)),
+        ("aligned", whence(plan.aligned)),
         *([("adapter", _adapter_text(plan.steps))] if plan.aligned.overlay else []),
-        ("out", plan.out),
+        ("out", place_name(plan.out or "none")),
         *([("merge", f"{counted(len(merged), 'tensor')}, {_size(merged)}")] if merged else []),
     ]
     if changed or not merged:
@@ -200,7 +201,7 @@ def outputs_table(plans: Sequence[Plan], summaries: Sequence[Summary]) -> Group:
     """What a run of several outputs did, one a line."""
     rows = [
         (
-            summary.out,
+            place_name(summary.out),
             "weights" if plan.options.form == "weights" else "adapter",
             f"{plan.options.alpha:g}",
             summary.totals.extrapolated,
@@ -219,12 +220,15 @@ def adapter_summary(plan: Plan, summary: Summary) -> Group:
     """What was written as an adapter, what was not, and the next command to type."""
     total = summary.totals
     rows: list[tuple[str, object]] = [
-        ("adapter", summary.out),
+        ("adapter", place_name(summary.out)),
         ("time", time_text(summary.elapsed_s)),
         *_adapter_rows(plan),
         ("energy captured", f"{percent(total.energy)} of |delta|^2 of these lies in the leading singular triplets"),
         ("load", _loading(plan, summary)),
-        ("merge", _command("lox-stream apply --adapter", summary.out, "--aligned", plan.aligned.root, "--out DIR")),
+        (
+            "merge",
+            _command("lox-stream apply --adapter", summary.out, "--aligned", Path(whence(plan.aligned)), "--out DIR"),
+        ),
     ]
     return pairs_table("Done", [row for row in rows if row[0] != "energy captured" or total.energy is not None])
 
@@ -232,14 +236,16 @@ def adapter_summary(plan: Plan, summary: Summary) -> Group:
 def _loading(plan: Plan, summary: Summary) -> str:
     """How the program that it is for takes it."""
     if plan.options.form == "peft":
-        return f"PeftModel.from_pretrained(model, {str(summary.out)!r})"
+        return f"PeftModel.from_pretrained(model, {place_name(summary.out)!r})"
     rank = next(one for one in VLLM_RANKS if one >= min(plan.steps[0].pairs[0].rank, VLLM_RANKS[-1]))
-    named = f"lox={summary.out}"
-    return _command("vllm serve", plan.aligned.root, "--enable-lora --lora-modules", named, "--max-lora-rank", rank)
+    named = f"lox={place_name(summary.out)}"
+    return _command(
+        "vllm serve", Path(whence(plan.aligned)), "--enable-lora --lora-modules", named, "--max-lora-rank", rank
+    )
 
 
 def _command(*words: object) -> str:
-    return " ".join(shlex.quote(str(word)) if isinstance(word, Path) else str(word) for word in words)
+    return " ".join(shlex.quote(place_name(word)) if isinstance(word, Path) else str(word) for word in words)
 
 
 def summary_table(summary: Summary, *, kept: bool = True) -> Group:
@@ -247,7 +253,7 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
     total = summary.totals
     moved = summary.read_bytes + summary.written_bytes
     rows: list[tuple[str, object]] = [
-        ("output", summary.out),
+        ("output", place_name(summary.out)),
         ("time", time_text(summary.elapsed_s)),
         (
             "rate",
@@ -280,6 +286,8 @@ def summary_table(summary: Summary, *, kept: bool = True) -> Group:
 
 
 def verify_command(summary: Summary) -> str:
+    if address := address_of(summary.out):
+        return f"aws s3 sync {shlex.quote(address)} DIR, and lox-stream verify DIR"
     return f"lox-stream verify {shlex.quote(str(summary.out))}"
 
 
@@ -317,7 +325,7 @@ def _inspection_totals(seen: Inspection) -> list[tuple[str, object]]:
     schemes = ", ".join(f"{scheme} ({counted(count, 'tensor')})" for scheme, count in seen.quantisation.items())
     said = {None: "config.json does not say", True: "config.json says tied", False: "config.json says not tied"}
     return [
-        ("path", seen.path),
+        ("path", place_name(seen.path)),
         ("architecture", seen.architecture or "unknown"),
         ("shards", seen.n_shards),
         ("tensors", f"{len(seen.rows)}, {seen.n_elements:,} elements, {size_text(seen.n_bytes)}"),

@@ -12,7 +12,7 @@ from lox_stream.checkpoint import files_of
 from lox_stream.errors import ResumeError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import Replay, identity, replay
-from lox_stream.names import listing, printable, shown
+from lox_stream.names import listing, place_name, printable, shown
 from lox_stream.planning import Plan
 from lox_stream.shards import Shard, TensorInfo, written_bytes, written_start
 
@@ -52,7 +52,7 @@ def agreed(plan: Plan, began: Mapping[str, Any]) -> list[str]:
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)
         raise ResumeError(
-            f"{plan.out}: cannot be resumed, this is another run:{lines}\n"
+            f"{place_name(plan.out or '')}: cannot be resumed, this is another run:{lines}\n"
             "Give the inputs and options it began with, or start again with --overwrite"
         )
     return warned

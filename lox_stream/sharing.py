@@ -58,6 +58,11 @@ def own_share(written: Checkpoint, steps: Sequence[Step], part: str) -> tuple[Ch
     return share, tuple(step for step in steps if step.name in tensors)
 
 
+def most_parts(written: Checkpoint, steps: Sequence[Step]) -> int:
+    """How many parts there can be."""
+    return len(_together(written, steps))
+
+
 def _together(written: Checkpoint, steps: Sequence[Step]) -> list[list[Shard]]:
     """The files that have to go to one part."""
     home = {tensor.name: shard.name for shard in written.shards for tensor in shard.tensors}

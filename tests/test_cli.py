@@ -29,6 +29,8 @@ RUN_OPTIONS = (
         "--on-nonfinite",
         "--dtype",
         "--max-shard-size",
+        "--scratch",
+        "--scratch-size",
         "--device",
         "--memory",
         "--threads",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lox_stream import Options, errors, extrapolate, plan, stream
 from lox_stream.checkpoint import open_checkpoint
+from lox_stream.files import replace_file
 from lox_stream.inspecting import inspect_checkpoint
 from lox_stream.recomputing import compare_all
 from lox_stream.sampling import choose_sample
@@ -188,7 +189,7 @@ def test_the_index_of_the_pipeline_comes_after_all_weights(tmp_path, monkeypatch
     base, aligned, _ = make(tmp_path)
     order = []
 
-    def watched(path, data, write=extrapolate.__globals__["Output"].publish.__globals__["files"].replace_file):
+    def watched(path, data, write=replace_file):
         order.append(path.relative_to(tmp_path / "out").as_posix())
         if order[-1] == "model_index.json":
             assert not list((tmp_path / "out").rglob("*.safetensors.partial"))

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "lox_stream", ROOT / "kernels"
 SPEAKS = {"click", "rich"}
-STARTS_THREADS = {"workers", "reader", "committer", "signals"}
+STARTS_THREADS = {"workers", "reader", "committer", "scratch_disk", "shipping", "signals"}
 THREADS = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor", "Process", "ThreadPool", "start_new_thread"}
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lox_stream.api import extrapolate
+from lox_stream.anywhere import extrapolate
 from lox_stream.errors import CheckpointError, OptionError, OutputError
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lox_stream.api import extrapolate
+from lox_stream.anywhere import extrapolate
 from lox_stream.output_rules import JOURNAL, MANIFEST
 from lox_stream.signals import PATIENCE_S
 

@@ -1,0 +1,136 @@
+"""Files that lie elsewhere: read in ranges, and laid out here so that a plan sees a model before a weight is moved."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lox_stream import files
+from lox_stream.adapters import CONFIG as ADAPTER
+from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from lox_stream.errors import CheckpointError
+from lox_stream.journal import sample_starts
+from lox_stream.layout import is_index
+from lox_stream.names import is_plain_relative, printable
+from lox_stream.shards import MAX_HEADER_BYTES
+
+FIRST_BYTES = 1 << 16  # of a file of weights: most headers end within
+SMALL_BYTES = 1 << 20  # files of JSON that a plan looks at
+PIECE_BYTES = 8 << 20  # of one request
+TRIES, FIRST_PAUSE_S = 6, 0.5  # requests for one range, and the first pause between them; each is twice the last
+OTHERS = (  # formats of the same weights, and what no model needs
+    *("*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.ot", "*.tflite", "*.mlmodel*", "*.pth", "*.pt", "*.ckpt", "*.npz"),
+    *("original/*", "consolidated*", "*.png", "*.jpg", "*.gif", "*.mp4"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a model that lies elsewhere."""
+
+    name: str  # relative to the model
+    address: str  # for messages
+    size: int
+    fetch: Callable[[int, int], Any]  # bytes [start, end) as a buffer; see `read`
+    modified_ns: int = 0
+    sha256: str = ""  # hexadecimal; "": not known
+    etag: str = ""  # as S3 has it, often made of MD5s; "": none
+
+    def read(self, start: int, end: int, stop: threading.Event | None = None) -> memoryview:
+        """Its bytes [start, end), asked for again where a connection breaks or the server is busy.
+
+        `fetch` raises ConnectionError where that may help, and CheckpointError, as this does, where it does not.
+        """
+        if start >= end:
+            return memoryview(b"")
+        for attempt in range(TRIES):
+            try:
+                found = memoryview(self.fetch(start, end)).cast("B")
+                if len(found) == end - start:
+                    return found
+                problem = f"{len(found)} bytes came, expected {end - start}."
+            except ConnectionError as error:
+                problem = first_line(error)
+            if attempt + 1 < TRIES and (stop or threading.Event()).wait(FIRST_PAUSE_S * 2**attempt):
+                break
+        raise CheckpointError(
+            [f"{printable(self.address)}: cannot be read at byte {start}: {problem} Check the connection, try again"]
+        )
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file is one of a model's shards, which are fetched when they are needed."""
+    return name.endswith(".safetensors") and name.rpartition("/")[2] not in ADAPTER_WEIGHTS
+
+
+def wanted(found: list[RemoteFile]) -> list[RemoteFile]:
+    """The files of a model: no other formats, and of torch's only where there are no safetensors.
+
+    Raises CheckpointError for a name that leads elsewhere.
+    """
+    outside = [file for file in found if not is_plain_relative(file.name)]
+    if outside:
+        raise CheckpointError(
+            [f"{printable(outside[0].address)}: is no plain name within the model. Do not trust it before you know why"]
+        )
+    plain = any(file.name.endswith(".safetensors") for file in found)
+    return [
+        file
+        for file in found
+        if not any(fnmatchcase(file.name, glob) for glob in OTHERS)
+        and not file.name.startswith(".")
+        and not (plain and _of_torch(file.name))
+    ]
+
+
+def _of_torch(name: str) -> bool:
+    return (name.endswith(".bin") and name not in ADAPTER_WEIGHTS) or (is_index(name) and ".bin." in name)
+
+
+def tells_by_headers(found: list[RemoteFile]) -> bool:
+    """Whether a plan can be made of headers: weights in safetensors, and no adapter."""
+    names = {file.name for file in found}
+    return any(map(is_weights, names)) and ADAPTER not in names
+
+
+def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
+    """Make the file in a folder: of weights the header, and the samples that tell models apart; the rest is a hole.
+
+    `dry`: only what a plan looks at; other files stay empty. Raises CheckpointError, OSError.
+    """
+    path = folder / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
+        if is_weights(file.name):
+            header = _header(file)
+            files.write_at(fd, header, 0)
+            starts = [] if dry else sample_starts(8 + int.from_bytes(header[:8], "little"), file.size)
+            for start, n_bytes in starts:
+                if start + n_bytes > len(header):
+                    files.write_at(fd, file.read(start, start + n_bytes), start)
+        elif not dry or (path.suffix == ".json" and file.size <= SMALL_BYTES):
+            for start in range(0, file.size, PIECE_BYTES):
+                files.write_at(fd, file.read(start, min(start + PIECE_BYTES, file.size)), start)
+        if is_weights(file.name):
+            os.ftruncate(fd, file.size)
+    os.utime(path, ns=(file.modified_ns, file.modified_ns))
+
+
+def _header(file: RemoteFile) -> memoryview:
+    """The header of a safetensors file, its length in front, as far as that can be one; who opens it judges it."""
+    first = file.read(0, min(FIRST_BYTES, file.size))
+    length = 8 + int.from_bytes(first[:8], "little")
+    if length <= len(first) or length > min(file.size, 8 + MAX_HEADER_BYTES):
+        return first
+    return memoryview(bytes(first) + bytes(file.read(len(first), length)))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, in one sentence."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return printable(text if text.endswith(".") else f"{text}.")
