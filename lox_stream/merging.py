@@ -41,7 +41,8 @@ class Change:
 
 def read_sides(factors: Factors) -> tuple[Tensor, Tensor]:
     """The (m, r) and (r, n) matrices whose product, times the scaling, is delta; float64."""
-    with mapped(factors.a) as a, mapped(factors.b) as b:
+    again = factors.count > 1  # by the next matrix of the stack, whose columns lie on the same pages
+    with mapped(factors.a, again=again) as a, mapped(factors.b, again=again) as b:
         left, right = sides_of(read_floats(b, factors.b), read_floats(a, factors.a), factors.count, factors.number)
         left, right = left.double(), right.double()
     left, right = (right.T, left.T) if factors.turned else (left, right)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import threading
 from pathlib import Path
@@ -26,6 +27,7 @@ from lox_stream import (
     ResumeError,
     execute,
     extrapolate,
+    files,
     plan,
     stream,
 )
@@ -319,6 +321,19 @@ def test_experts_that_files_have_apart_are_changed_each_by_its_part_of_the_stack
             at = f"{where}.{i}.{name}.weight"
             assert agreeing(out[at], right(tensors[at], change, 3, 1.25)) >= SHARE, at
     assert all(one.ok for one in compare_all(choose_sample(tmp_path / "out", base, folder, count=40)))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot drop pages of a file")
+def test_factors_of_a_stack_stay_in_the_page_cache_for_its_next_matrix(tmp_path, monkeypatch):
+    """The columns of one expert lie on all pages of B."""
+    base = folders.write(tmp_path / "base", base_tensors() | stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)}))
+    folder = write_adapter(tmp_path / "adapter", stack_factors(NESTED) | factors(Q, 80, 64), **STACKS)
+    dropped, real = [], files.drop_cache
+    monkeypatch.setattr(
+        files, "drop_cache", lambda fd, *rest: dropped.append(Path(f"/proc/self/fd/{fd}").readlink()) or real(fd, *rest)
+    )
+    extrapolate(base, folder, tmp_path / "out", options=Options(alpha=0.0, threads=1))
+    assert dropped.count(folder / "adapter_model.safetensors") == 4, "of the one module, twice two factors"
 
 
 SQUARE = {"experts.base_layer": (3, 64, 64), "experts": (3, 64, 36)}
