@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lox_stream.layout import read_json
 from lox_stream.names import matches, printable, shown
 from lox_stream.quantisation import FLOATS
 from lox_stream.shards import read_shard, unreadable
+from lox_stream.stacked import parameters_of
 from lox_stream.torch_files import read_torch_file
 
 CONFIG = "adapter_config.json"
@@ -33,7 +34,6 @@ _PREFIX = "base_model.model."
 _OTHERWISE = {  # keys of the config under which a module does more than add scaling * B A to its weight
     "use_dora": "DoRA scales what it adds to",
     "layer_replication": "layers are repeated",
-    "target_parameters": "factors of whole stacks of experts",
     "modules_to_save": "whole modules beside the factors",
     "trainable_token_indices": "rows of embeddings beside the factors",
     "lora_bias": "biases of the factors",
@@ -53,13 +53,19 @@ _UNUSUAL = re.compile(  # of a regular expression: what can take for ever, or wh
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The change of an (m, n) matrix: `scaling * B A`, or its transpose where the module keeps its weight turned."""
+    """The change of an (m, n) matrix: `scaling * B A`, or its transpose where the module keeps its weight turned.
 
-    a: TensorInfo  # (r, n), or (r, in, ...) of a convolution; turned: (r, m)
-    b: TensorInfo  # (m, r), or (out, r, 1, ...); turned: (n, r)
+    Of a stack they are those of all its matrices, as `stacked` has them.
+    """
+
+    a: TensorInfo  # (r, n), or (r, in, ...) of a convolution; turned: (r, m); of a stack (count * r, n)
+    b: TensorInfo  # (m, r), or (out, r, 1, ...); turned: (n, r); of a stack (m, r * count)
     rank: int
     scaling: float
     turned: bool = False
+    count: int = 1  # matrices that these are the factors of
+    number: int = 0  # of the one of them that is meant; of a tensor that is a stack, of its first
+    rows: tuple[int, int] | None = None  # of that one, where other tensors have the others; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ class Pair:
     rows: int  # m of the weight; the update may have fewer
     turned: bool  # of a module that keeps the transposed weight, or looks rows up in it
     fold: float  # factor that goes into B
+    parameter: str = ""  # that the module is wrapped for; "": the module itself is changed
+    count: int = 1  # matrices of a stack, as `stacked` has their factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,8 @@ class Module:
     rank: int
     scaling: float
     embeds: bool
+    changes: str  # name of the tensor
+    count: int = 1  # of a stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,22 @@ def _config_problems(folder: Path, config: Mapping[str, Any]) -> list[str]:
         )
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(where, key, config.get(key))
-    return problems
+    return [*problems, *_target_problems(where, config)]
+
+
+def _target_problems(where: str, config: Mapping[str, Any]) -> list[str]:
+    targets = config.get("target_parameters")
+    if not targets:
+        return []
+    if not isinstance(targets, list) or not all(isinstance(target, str) and target for target in targets):
+        return [f"{where}: target_parameters is {shown(targets, 40)}, expected [name, ...]. Download it again"]
+    alone = [target for target in targets if "." not in target]
+    if alone and not isinstance(config.get("target_modules") or [], list):
+        return [
+            f"{where}: target_parameters names {shown(alone[0], 40)} without its module, and target_modules is a "
+            f"pattern; expected names of both. {MERGED}"
+        ]
+    return []
 
 
 def _pattern_problems(where: str, key: str, patterns: Any) -> list[str]:
@@ -209,14 +234,14 @@ def _modules(
                 f"{printable(tensor.name)}: is there twice, expected one adapter in the file. Save it again"
             )
         sides[found[3]] = tensor
-    modules = []
+    modules, changed = [], _changed(folder / weights.name, parts, config)
     for name, sides in parts.items():
         if "A" not in sides or "B" not in sides:
             there = sides.get("A", sides.get("B"))
             problems.append(f"{printable(there.name if there else name)}: its other factor is missing. Save it again")
             continue
         try:
-            modules.append(_module(name, sides, config))
+            modules.append(_module(name, changed.get(name, ""), sides, config))
         except ValueError as error:
             problems.append(f"{printable(name)}: {error}")
     if not parts and not problems:
@@ -226,9 +251,19 @@ def _modules(
     return tuple(modules), tuple(whole)
 
 
-def _module(name: str, sides: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module:
+def _changed(path: Path, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters that are changed by themselves, by the module that has their factors; raises CheckpointError."""
+    modules = config.get("target_modules")
+    others = [one for one in modules if isinstance(one, str)] if isinstance(modules, list) else []
+    try:
+        return parameters_of(names, config.get("target_parameters") or [], others)
+    except ValueError as error:
+        raise CheckpointError([f"{printable(path)}: {printable(str(error))}. {MERGED}"]) from error
+
+
+def _module(name: str, parameter: str, sides: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module:
     """Raises ValueError for factors that do not fit each other or the config."""
-    a, b = sides["A"], sides["B"]
+    a, b, pattern = sides["A"], sides["B"], parameter or name
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         raise ValueError(f"its factors are {a.dtype} and {b.dtype}, expected F32, F16, BF16 or F64. {MERGED}")
     if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] == 0 or math.prod(b.shape[1:]) != a.shape[0]:
@@ -236,13 +271,17 @@ def _module(name: str, sides: Mapping[str, TensorInfo], config: Mapping[str, Any
             f"factors {a.shape} and {b.shape} do not multiply, expected (r, in) and (out, r): grouped convolutions, or "
             f"shards of a parallel trainer that were not gathered. {MERGED}"
         )
-    rank, said = a.shape[0], _said(config, "rank_pattern", "r", name)
-    if said != rank:
-        raise ValueError(f"its rank is {rank}, {CONFIG} says {shown(said)}. Take both from the same save")
-    alpha = _said(config, "alpha_pattern", "lora_alpha", name)
+    rank, said = a.shape[0], _said(config, "rank_pattern", "r", pattern)
+    count = rank // said if parameter and type(said) is int and 0 < said <= rank else 1
+    if type(said) is not int or said * count != rank:
+        times = ", or that times so many experts" * bool(parameter)
+        raise ValueError(f"its rank is {rank}, {CONFIG} says {shown(said)}{times}. Take both from the same save")
+    rank = said
+    alpha = _said(config, "alpha_pattern", "lora_alpha", pattern)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
         raise ValueError(f"{CONFIG} says a lora_alpha of {shown(alpha)}, expected a number. Save it again")
-    return Module(name, a, b, rank, _scaling(alpha, rank, config), ".lora_embedding_" in a.name)
+    scaling, changes = _scaling(alpha, rank, config), parameter or f"{name}.weight"
+    return Module(name, a, b, rank, scaling, ".lora_embedding_" in a.name, changes, count)
 
 
 def _scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lox_stream.adapters import CONFIG, MERGED, Adapter, Factors, Module, own_name
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
@@ -19,10 +20,23 @@ from lox_stream.output_rules import MODEL_CARD
 from lox_stream.pairing import WRAPPERS, renamed
 from lox_stream.quantisation import FLOATS, quantisation_problems, quantised_tensors
 from lox_stream.scales import scaled_weights
+from lox_stream.stacked import apart, is_transposed, stored
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
 
 _PIECE = 1 << 20  # elements that are compared at a time
 _TYPE_CODES = {2: "H", 4: "I", 8: "Q"}  # of arrays, by the bytes of an element
+_TURNED_BY = re.compile(r"0\.(1[0-8]|\d)\.|0\.19\.0")  # versions of PEFT that have all stacks turned
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Which of a module's factors change a tensor of base."""
+
+    module: Module
+    shape: tuple[int, ...]  # that they have to multiply to
+    stacked: bool = False  # one matrix of several
+    number: int = 0  # of it
+    rows: tuple[int, int] | None = None  # of it
 
 
 def laid_over(base: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -44,7 +58,7 @@ def match_adapter(
     adapter = _once(adapter, called, tied_names(base))
     homes, lost = _homes(adapter, called)
     problems += [*lost, *_whole_problems(adapter, called)]
-    factors = _factors(adapter, homes, called, problems)
+    factors = _factors(adapter, homes, base.config, problems)
     leaders = tied_names(base)
     problems += _head_problems(base, leaders, factors)
     factors |= {name: factors[leader] for name, leader in leaders.items() if leader in factors}
@@ -70,11 +84,10 @@ def _once(adapter: Adapter, called: Mapping[str, TensorInfo], leaders: Mapping[s
     A tied head changes with its embedding.
     """
     embeddings = [module for module in adapter.modules if module.embeds]
-    heads = [module for module in adapter.modules if matches(f"{module.name}.weight", HEADS)]
+    heads = [module for module in adapter.modules if matches(module.changes, HEADS)]
 
     def repeated(module: Module) -> bool:
-        name = f"{module.name}.weight"
-        home = _home(name, called)
+        name, home = module.changes, _home(module.changes, called)
         if not matches(name, HEADS) or (home is not None and home.name not in leaders):
             return False
         again = home is None and any(
@@ -101,30 +114,53 @@ def _bytes_of(tensor: TensorInfo) -> bytes:
         return file.read(tensor.n_bytes)
 
 
-def _homes(adapter: Adapter, called: Mapping[str, TensorInfo]) -> tuple[dict[str, Module], list[str]]:
-    """The module that changes each tensor of base, and problems."""
-    homes: dict[str, Module] = {}
+def _homes(adapter: Adapter, called: Mapping[str, TensorInfo]) -> tuple[dict[str, _Home], list[str]]:
+    """What changes each tensor of base, and problems."""
+    homes: dict[str, _Home] = {}
     lost, problems = [], []
     for module in adapter.modules:
-        home = _home(f"{module.name}.weight", called)
-        if home is None:
-            lost.append(f"{module.name}.weight")
-        elif home.name in homes:
-            problems.append(
-                f"adapter: {printable(module.name)} and {printable(homes[home.name].name)} both change "
-                f"{printable(home.name)}, expected one of them. {MERGED}"
-            )
-        else:
-            homes[home.name] = module
+        changed = _changed_by(module, called)
+        if not changed:
+            lost.append(module.changes)
+        for name, home in changed.items():
+            if name in homes:
+                problems.append(
+                    f"adapter: {printable(module.name)} and {printable(homes[name].module.name)} both change "
+                    f"{printable(name)}, expected one of them. {MERGED}"
+                )
+            homes.setdefault(name, home)
     if lost:
         near = near_misses(lost[0], called, 1)
         hint = f" (base has {printable(near[0])!r})" if near else ""
         problems.append(
             f"adapter: {len(lost)} of its {len(adapter.modules)} modules change tensors that base lacks: "
             f"{listing(lost)}{hint}; expected each. Give the base that it was trained on, or name its tensors with "
-            f"--rename. Where its files keep them otherwise than the model (tied heads, stacked experts): {MERGED}"
+            f"--rename. Where its files keep them otherwise than the model (tied heads): {MERGED}"
         )
     return homes, problems
+
+
+def _changed_by(module: Module, called: Mapping[str, TensorInfo]) -> dict[str, _Home]:
+    """The tensor of base that a module changes, or those of its experts where base has each by itself; by name."""
+    home = _home(module.changes, called) or _home(stored(module.changes), called)
+    if home is not None:
+        stacked = _is_stack(home, module.b)
+        whole = home.shape[1:] if stacked and home.shape[0] == module.count else home.shape
+        return {home.name: _Home(module, whole, stacked)}
+    found = {}
+    for number, names in enumerate(apart(module.changes, module.count, called)):
+        parts = [called[name] for name in names]
+        whole, first = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), 0
+        for part in parts:
+            rows = first, first + part.shape[0]
+            found[part.name] = _Home(module, whole, True, number, rows)
+            first = rows[1]
+    return found
+
+
+def _is_stack(tensor: TensorInfo, b: TensorInfo) -> bool:
+    """Whether it is a stack that factors of two dimensions change; those of a convolution have as many as it has."""
+    return len(tensor.shape) == 3 and len(b.shape) == 2
 
 
 def _home(name: str, called: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -137,7 +173,7 @@ def _home(name: str, called: Mapping[str, TensorInfo]) -> TensorInfo | None:
 
 
 def _factors(
-    adapter: Adapter, homes: Mapping[str, Module], called: Mapping[str, TensorInfo], problems: list[str]
+    adapter: Adapter, homes: Mapping[str, _Home], config: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Factors]:
     """How each tensor changes; what does not fit becomes a problem.
 
@@ -147,22 +183,26 @@ def _factors(
     """
     found: dict[str, Factors] = {}
     square, against = [], []
-    tensors = {tensor.name: tensor for tensor in called.values()}
+    ways = {name: _ways(home) for name, home in homes.items()}
     said = bool(adapter.config.get("fan_in_fan_out"))
-    for name, module in homes.items():
-        ways = _ways(module, tensors[name].shape)
-        if not ways:
+    stacks_turned = _stacks_turned(adapter, homes, ways, config, problems)
+    for name, home in homes.items():
+        module = home.module
+        if not ways[name]:
+            times = f" of {module.count} matrices" * (module.count > 1)
             problems.append(
-                f"{printable(name)}: base is {tensors[name].shape}, the adapter's factors are {module.b.shape} and "
+                f"{printable(name)}: base is {home.shape}, the adapter's factors{times} are {module.b.shape} and "
                 f"{module.a.shape}; expected such as multiply to it. Give the base that the adapter was trained on"
             )
             continue
-        if len(ways) > 1:
+        if len(ways[name]) > 1 and not home.stacked:
             square.append(name)
-        elif not module.embeds and ways[0] != said:
+        elif not (module.embeds or home.stacked) and ways[name][0] != said:
             against.append(name)
-        turned = said if len(ways) > 1 else ways[0]
-        found[name] = Factors(module.a, module.b, module.rank, module.scaling, turned)
+        turned = (stacks_turned if home.stacked else said) if len(ways[name]) > 1 else ways[name][0]
+        found[name] = Factors(
+            *(module.a, module.b, module.rank, module.scaling, turned), module.count, home.number, home.rows
+        )
     if square and against:
         problems.append(
             f"{printable(square[0])}: is square, so that {CONFIG} has to say whether it is turned; it says "
@@ -171,11 +211,37 @@ def _factors(
     return found
 
 
-def _ways(module: Module, shape: tuple[int, ...]) -> list[bool]:
+def _ways(home: _Home) -> list[bool]:
     """Whether the factors multiply to a weight of that shape as they are (False), turned (True), or both."""
-    inner, outer = module.a.shape[1:], module.b.shape[0]
+    module, shape = home.module, home.shape
+    outer, inner = module.b.shape[0], module.a.shape[1:]
+    if module.count > 1 and not home.stacked:
+        return []
     plain = not module.embeds and (outer, *inner) == shape
     return [*[False] * plain, *[True] * ((*inner, outer) == shape and len(shape) == 2)]
+
+
+def _stacks_turned(
+    adapter: Adapter,
+    homes: Mapping[str, _Home],
+    ways: Mapping[str, list[bool]],
+    config: Mapping[str, Any],
+    problems: list[str],
+) -> bool:
+    """Whether stacks of square matrices are turned: as the other stacks are, else as the model's module says."""
+    stacks = [name for name, home in homes.items() if home.stacked]
+    square = [name for name in stacks if len(ways[name]) > 1]
+    told = {ways[name][0] for name in stacks if len(ways[name]) == 1}
+    if not square or len(told) == 1:
+        return told == {True}
+    said = is_transposed(square[0], homes[square[0]].shape, config)
+    old = _TURNED_BY.match(str(adapter.config.get("peft_version")))
+    if told or said is None or (old and not said):
+        problems.append(
+            f"{printable(square[0])}: holds square matrices, and nothing tells whether their factors are turned, as "
+            f"those of all stacks were before PEFT 0.19.1; expected others beside it that tell. {MERGED}"
+        )
+    return bool(said)
 
 
 def _head_problems(base: Checkpoint, leaders: Mapping[str, str], factors: Mapping[str, Factors]) -> list[str]:
@@ -195,10 +261,10 @@ def _step(tensor: TensorInfo, factors: Factors | None, seed_name: str, options: 
         return Step(
             tensor.name, tensor, None, "copy", "untouched" if reason == "matrix" else reason, seed_name=seed_name
         )
-    m, n = tensor.shape[0], prod(tensor.shape[1:])
+    count, m, n = tensor.shape if _is_stack(tensor, factors.b) else (1, tensor.shape[0], prod(tensor.shape[1:]))
     rank = options_for(seed_name, options).rank
     action: Literal["extrapolate", "merge"] = "extrapolate" if reason == "matrix" else "merge"
-    return Step(tensor.name, tensor, None, action, reason, rank, 1, m, n, seed_name, factors=factors)
+    return Step(tensor.name, tensor, None, action, reason, rank, count, m, n, seed_name, factors=factors)
 
 
 def _scale_problems(base: Checkpoint) -> list[str]:

@@ -18,18 +18,21 @@ from lox_stream.matching import Step
 from lox_stream.names import hub_name, listing, matches, printable
 from lox_stream.options import Options, options_for
 from lox_stream.rewriting import DTYPES, laid_out
+from lox_stream.stacked import called, is_transposed, not_carried, text_config, wrappers
 from lox_stream.ties import EMBEDDINGS, HEADS, says_tied
 
 PREFIX = "base_model.model."
 LOOKUPS = (*EMBEDDINGS, "*token_type_embeddings.weight", "*embedding_table.weight")
 WORDS = ("*emb*.weight",)  # with a row for each word
 POSITIONS = (
-    *("*embed_positions.weight", "*position_embedding*.weight", "*wpe.weight"),
+    *("*embed_positions.weight", "*position_embedding*.weight", "*wpe.weight", "*pos_embed.weight"),
     *("*relative_attention_bias.weight", "*rel_embeddings.weight"),
 )
 ROUTERS = ("*router.weight", "*router.*.weight", "*.gate.weight", "*.gate.wg.weight")
 EXPERTS = ("*.experts.*",)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+STACKED_BY_PEFT = ("*.mlp.experts.*",)  # of models whose target_modules it rewrites, where these are of experts
+TAKEN_FOR_EXPERTS = tuple(f"*.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")  # that have Conv1D of transformers
 TURNED = ("*c_attn.weight", "*q_attn.weight", "*c_proj.weight", "*c_fc.weight")
 MAMBA_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -66,7 +69,8 @@ def as_adapter(
     problems = _problems(steps)
     changed = [step for step in steps if step.action == "extrapolate"]
     reasons = {step.name: NOT_PAIRED[step.reason] for step in steps if step.reason in NOT_PAIRED}
-    reasons |= {step.name: _refusal(step, aligned, options) for step in changed}
+    stacks = [step.name for step in changed if step.count > 1]
+    reasons |= {step.name: _refusal(step, aligned, stacks, options) for step in changed}
     carried = [step for step in changed if not reasons[step.name]]
     left = tuple(LeftOut(name, reason) for name, reason in reasons.items() if reason)
     if not carried and not problems:
@@ -76,8 +80,10 @@ def as_adapter(
     rank = max(min(step.rank, step.m, step.n) for step in carried)
     infos: list[TensorInfo] = []
     paired = []
+    wrapped = _wrapped(carried)
     for step in carried:
-        pairs = tuple(_pair(step, module, rank, aligned, options) for module in _modules(step, aligned))
+        modules = [wrapped[step.name]] if step.name in wrapped else [(name, "") for name in _modules(step, aligned)]
+        pairs = tuple(_pair(step, *module, rank, aligned, options) for module in modules)
         paired.append(replace(step, pairs=pairs))
         infos += [info for pair in pairs for info in (pair.a, pair.b)]
     first = replace(aligned.shards[0], tensors=tuple(infos), header=b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
@@ -110,11 +116,17 @@ def adapter_warnings(steps: Sequence[Step], options: Options) -> list[str]:
         for step in steps
         if _is_with_head(step)
     ]
-    experts = [step.name for step in steps if matches(step.name, EXPERTS)]
+    experts = [step.name for step in steps if matches(step.name, EXPERTS) and step.count == 1]
     if experts and options.form == "peft":
         warnings.append(
             f"{len(experts)} of the weights are of experts, which transformers 5 keeps stacked: PEFT stacks their "
             "factors for the models that it knows, and passes over others without a word (docs/adapters.md)"
+        )
+    stacks = sum(step.count > 1 for step in steps)
+    if stacks:
+        warnings.append(
+            f"{stacks} of the weights are stacks of experts, which the adapter changes as parameters of their modules: "
+            "PEFT from 0.19.1 on loads these, in models of transformers 5 (docs/adapters.md)"
         )
     return warnings
 
@@ -150,11 +162,13 @@ def _problems(steps: Iterable[Step]) -> list[str]:
     return problems
 
 
-def _refusal(step: Step, aligned: Checkpoint, options: Options) -> str:
-    """Why a tensor's update cannot be carried; nothing if it can."""
+def _refusal(step: Step, aligned: Checkpoint, stacks: Sequence[str], options: Options) -> str:
+    """Why a tensor's update cannot be carried; nothing if it can. `stacks`: names of all stacks that are changed."""
     vllm = options.form == "vllm"
+    if step.count > 1 and vllm:
+        return "a stack of experts, whose factors vLLM has in another order than PEFT"
     if step.count > 1:
-        return "a stack of experts, which is no module of its own"
+        return not_carried(step.name, step.aligned.shape, aligned.config, stacks)
     if not step.name.endswith(".weight"):
         return "a parameter that is no module's weight"
     if _routes(step, aligned):
@@ -176,7 +190,7 @@ def _refusal(step: Step, aligned: Checkpoint, options: Options) -> str:
 
 
 def _routes(step: Step, aligned: Checkpoint) -> bool:
-    counts = {aligned.config.get(key) for key in EXPERT_COUNTS}
+    counts = {config.get(key) for config in (aligned.config, text_config(aligned.config)) for key in EXPERT_COUNTS}
     return matches(step.name, ROUTERS) and step.aligned.shape[0] in counts
 
 
@@ -213,13 +227,27 @@ def _is_with_head(step: Step) -> bool:
     return len(step.pairs) > 1 and ".lora_embedding_" in step.pairs[0].a.name
 
 
-def _pair(step: Step, module: str, rank: int, aligned: Checkpoint, options: Options) -> Pair:
+def _wrapped(carried: Sequence[Step]) -> dict[str, tuple[str, str]]:
+    """The module that has the factors, and the parameter, of what PEFT changes as a parameter; by the tensor's name."""
+    stacks = {step.name: called(step.name) for step in carried if step.count > 1}
+    modules = wrappers(stacks.values())
+    found = {name: (modules[parameter], parameter) for name, parameter in stacks.items()}
+    if any(matches(parameter, STACKED_BY_PEFT) for parameter in stacks.values()):
+        beside = [step.name for step in carried if step.count == 1 and matches(step.name, TAKEN_FOR_EXPERTS)]
+        found |= {name: (name.removesuffix(".weight"), name) for name in beside}
+    return found
+
+
+def _pair(step: Step, module: str, parameter: str, rank: int, aligned: Checkpoint, options: Options) -> Pair:
     shape, own = step.aligned.shape, module == step.name.removesuffix(".weight")
     lookup = own and _is_lookup(step, aligned)
     turned = lookup or (aligned.config.get("model_type") in TURNED_MODELS and matches(step.name, TURNED))
+    if step.count > 1:
+        shape, turned = shape[1:], bool(is_transposed(step.name, shape, aligned.config))
     a, b = (rank, *shape[1:]), (shape[0], rank, *(1,) * (len(shape) - 2))
     if turned:
         a, b = (rank, shape[0]), (shape[1], rank)
+    a, b = (a[0] * step.count, *a[1:]), (b[0], b[1] * step.count, *b[2:])
     kind = ("lora_embedding_A", "lora_embedding_B") if lookup else ("lora_A.weight", "lora_B.weight")
     dtype = DTYPES[options.factor_dtype]
     info_a, info_b = (
@@ -227,7 +255,7 @@ def _pair(step: Step, module: str, rank: int, aligned: Checkpoint, options: Opti
         for side, sizes in zip(kind, (a, b), strict=True)
     )
     fold = options_for(step.seed_name, options).alpha if options.form == "vllm" else NO_ALPHA
-    return Pair(module, info_a, info_b, rank, shape[0], turned, fold)
+    return Pair(module, info_a, info_b, rank, shape[0], turned, fold, parameter, step.count)
 
 
 def adapter_config(aligned: Checkpoint, steps: Sequence[Step], options: Options) -> dict[str, Any]:
@@ -238,21 +266,24 @@ def adapter_config(aligned: Checkpoint, steps: Sequence[Step], options: Options)
     pairs = [(step, pair) for step in steps for pair in step.pairs]
     rank = pairs[0][1].rank
     vllm = options.form == "vllm"
-    alphas = {pair.module: options_for(step.seed_name, options).alpha for step, pair in pairs}
+    alphas = {pair.parameter or pair.module: options_for(step.seed_name, options).alpha for step, pair in pairs}
     usual = options.alpha if options.alpha in alphas.values() else next(iter(alphas.values()))
     others = {} if vllm else {name: _times(alpha, rank) for name, alpha in alphas.items() if alpha != usual}
     tied = any(map(_is_with_head, steps))
+    parameters = _target_parameters([pair.parameter for _, pair in pairs if pair.parameter], aligned)
+    linear = [pair for _, pair in pairs if "embedding" not in pair.a.name and not pair.parameter]
     return {
         "peft_type": "LORA",
         "task_type": _task(aligned.config),
         "base_model_name_or_path": hub_name(aligned.folder) or whence(aligned).partition("@")[0],
         "r": rank,
         "lora_alpha": rank if vllm else _times(usual, rank),
-        "target_modules": _targets([pair.module for _, pair in pairs], aligned),
+        "target_modules": _targets([pair.module for _, pair in pairs if not pair.parameter], aligned),
+        **({"target_parameters": parameters} if parameters else {}),
         "alpha_pattern": others,
         "rank_pattern": {},
         "bias": "none",
-        "fan_in_fan_out": any(pair.turned and "embedding" not in pair.a.name for _, pair in pairs),
+        "fan_in_fan_out": any(pair.turned for pair in linear),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
@@ -276,6 +307,16 @@ def _targets(modules: Sequence[str], aligned: Checkpoint) -> list[str]:
     taken = {_last(name) for name in others}
     taken |= {part for name in aligned.tensors for part in _holders(name)}
     return sorted({name if _last(name) in taken or _last(name).isdecimal() else _last(name) for name in modules})
+
+
+def _target_parameters(parameters: Sequence[str], aligned: Checkpoint) -> list[str]:
+    """The last two parts of the parameters' names where all of that name are changed; else whole names."""
+    others = {_last_two(name) for name in set(map(called, aligned.tensors)) - set(parameters)}
+    return sorted({name if _last_two(name) in others else _last_two(name) for name in parameters})
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.rsplit(".", 2)[-2:])
 
 
 def _holders(name: str) -> list[str]:

@@ -158,8 +158,9 @@ def _inspect_adapter(adapter: Adapter, options: Options) -> Inspection:
 
 
 def _adapter_row(module: Module, shard_name: str) -> Row:
-    name, reason = f"{module.name}.weight", f"LoRA, rank {module.rank}, scaling {module.scaling:g}"
-    shape = (module.b.shape[0], *module.a.shape[1:])
+    name, reason = module.changes, f"LoRA, rank {module.rank}, scaling {module.scaling:g}"
+    stack = (module.count,) if module.count > 1 else ()
+    shape = (*stack, module.b.shape[0], *module.a.shape[1:])
     n_bytes = module.a.n_bytes + module.b.n_bytes
     return Row(name, module.a.dtype, shape, n_bytes, shard_name, pattern_of(name), "extrapolate", reason)
 

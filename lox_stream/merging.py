@@ -8,7 +8,7 @@ others: one low-rank update of W0, with no pass over it before. W1 = W0 + delta 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from lox_stream.direct import NO_GAP
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import lowrank_update
 from lox_stream.kernels.cpu import Retained, Run
+from lox_stream.matching import Step
 from lox_stream.reader import mapped, read_floats
+from lox_stream.regions import Region
 from lox_stream.samples import Sample, places
 from lox_stream.update import ROUNDED, Matrix, Tiles, emit_tiles, lowrank_block
 
@@ -39,10 +41,23 @@ class Change:
 
 def read_sides(factors: Factors) -> tuple[Tensor, Tensor]:
     """The (m, r) and (r, n) matrices whose product, times the scaling, is delta; float64."""
-    with mapped(factors.a) as a, mapped(factors.b) as b:
-        right = read_floats(a, factors.a).double().reshape(factors.rank, -1)
-        left = read_floats(b, factors.b).double().reshape(-1, factors.rank)
-    return (right.T, left.T) if factors.turned else (left, right)
+    again = factors.count > 1  # by the next matrix of the stack, whose columns lie on the same pages
+    with mapped(factors.a, again=again) as a, mapped(factors.b, again=again) as b:
+        left, right = sides_of(read_floats(b, factors.b), read_floats(a, factors.a), factors.count, factors.number)
+        left, right = left.double(), right.double()
+    left, right = (right.T, left.T) if factors.turned else (left, right)
+    return (left if factors.rows is None else left[slice(*factors.rows)]), right
+
+
+def sides_of(b: Tensor, a: Tensor, count: int, number: int) -> tuple[Tensor, Tensor]:
+    """B and A of one matrix of a stack, (out, r) and (r, in), where `stacked` says that they lie in those of all."""
+    return b.view(b.shape[0], -1, count)[:, :, number], a.view(count, a.shape[0] // count, -1)[number]
+
+
+def factors_at(step: Step, region: Region) -> Factors:
+    """Those of one matrix of a step."""
+    assert step.factors is not None, "planning gave it some"
+    return replace(step.factors, number=step.factors.number + region.index)
 
 
 def change_of(factors: Factors) -> Change:

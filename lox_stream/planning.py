@@ -291,7 +291,7 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
     if step.factors is not None:
         said["factors"] = {"rank": step.factors.rank, "scaling": step.factors.scaling}
     if step.pairs:
-        said["modules"] = [pair.module for pair in step.pairs]
+        said["modules"] = [pair.parameter or pair.module for pair in step.pairs]
     return {
         "name": step.name,
         "action": step.action,

@@ -74,10 +74,11 @@ def read_floats(data: memoryview, info: TensorInfo) -> Tensor:
 
 
 @contextmanager
-def mapped(info: TensorInfo) -> Iterator[memoryview]:
+def mapped(info: TensorInfo, *, again: bool = False) -> Iterator[memoryview]:
     """The tensor's bytes as a private map of its file. Raises DataError if the file is or gets shorter than it was.
 
-    Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them.
+    Afterwards the pages are given back to the page cache, and the page cache is told that nobody needs them; unless
+    they are read `again`.
     """
     start = _page(info.start)
     with _open(info) as fd:
@@ -94,7 +95,8 @@ def mapped(info: TensorInfo) -> Iterator[memoryview]:
         finally:
             if hasattr(os, "posix_fadvise"):  # which does nothing to pages that are still mapped and touched
                 view.madvise(mmap.MADV_DONTNEED)
-                files.drop_cache(fd, start, info.start + info.n_bytes - start)
+                if not again:
+                    files.drop_cache(fd, start, info.start + info.n_bytes - start)
 
 
 class Source(Protocol):

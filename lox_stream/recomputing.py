@@ -25,7 +25,7 @@ from lox_stream.checkpoint import TensorInfo
 from lox_stream.kernels import key_of
 from lox_stream.kernels.random_words import words16
 from lox_stream.matching import Step
-from lox_stream.merging import read_sides
+from lox_stream.merging import factors_at, read_sides
 from lox_stream.options import Options, options_for
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_of
 from lox_stream.regions import Region
@@ -219,7 +219,7 @@ def _pair(step: Step, region: Region, maps: contextlib.ExitStack) -> tuple[Tenso
     """(W1, W0); where an adapter makes W1 that is its product in float64, on W0."""
     w1 = matrix_of(fp8.elements(step.aligned, step.scaled, maps), region).clone()
     if step.factors is not None:
-        left, right = read_sides(step.factors)
+        left, right = read_sides(factors_at(step, region))
         return w1.double() + step.factors.scaling * (left @ right), w1
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     return w1, matrix_of(fp8.elements(step.base, step.base_scaled, maps), region).clone()

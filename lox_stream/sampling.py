@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ def _units(made: Plan, out: Checkpoint, rows: dict[str, Any], folder: Path) -> I
             continue
         facts = [item for item in row.get("matrices") or () if isinstance(item, dict)]
         if row.get("action") != "extrapolate" or step.action != "extrapolate" or len(facts) != matrix_count(step):
-            alone = next(regions_of(step)) if step.factors is not None else None
-            yield Unit(step, written, alone, None, True, alone=alone is not None)
+            for alone in regions_of(step) if step.factors is not None else (None,):
+                yield Unit(step, written, alone, None, True, alone=alone is not None)
             continue
         for region, matrix in zip(regions_of(step), facts, strict=True):
             share = matrix.get("predicted_share")
@@ -172,19 +172,22 @@ def _pairs(made: Plan, rows: dict[str, Any], folder: Path) -> Iterator[Unit]:
     """The matrices of which an adapter holds factors; not those that are zero."""
     written = {info.name: info for info in read_shard(folder / made.written.shards[0].name).tensors}
     for step in made.steps:
-        pair, (region,) = step.pairs[0], regions_of(step)
+        pair = step.pairs[0]
         row, a, b = rows.get(pair.b.name), written.get(pair.a.name), written.get(pair.b.name)
         if not isinstance(row, dict) or a is None or b is None or (a.shape, b.shape) != (pair.a.shape, pair.b.shape):
             raise OutputError(f"{folder}: {printable(step.name)}: manifest, adapter and aligned do not agree. {AGAIN}")
         if row.get("action") == "extrapolate":
-            factors = Factors(a, b, pair.rank, 1 / pair.fold, pair.turned)
-            yield Unit(step, b, region, None, _only(row).get("unique") is not False, factors=factors)
+            factors = Factors(a, b, pair.rank, 1 / pair.fold, pair.turned, pair.count)
+            for region, facts in zip(regions_of(step), _facts_of(row, matrix_count(step)), strict=True):
+                unique, own = facts.get("unique") is not False, replace(factors, number=region.index)
+                yield Unit(step, b, region, None, unique, factors=own)
 
 
-def _only(row: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a row's one matrix."""
+def _facts_of(row: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """What a row says of each of its matrices; nothing where it does not speak of so many."""
     facts = row.get("matrices")
-    return facts[0] if isinstance(facts, list) and facts and isinstance(facts[0], dict) else {}
+    said = isinstance(facts, list) and len(facts) == count and all(isinstance(one, dict) for one in facts)
+    return facts if said and isinstance(facts, list) else [{}] * count
 
 
 def _weighted(units: Iterable[Unit], count: int, seed: int) -> list[Unit]:

@@ -18,6 +18,7 @@ from lox_stream.errors import DataError
 from lox_stream.facts import TensorFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered
+from lox_stream.merging import sides_of
 from lox_stream.options import Options, options_for
 from lox_stream.outcomes import Found, facts_for
 from lox_stream.reader import TORCH_DTYPES
@@ -91,47 +92,50 @@ class TileSink:
 
 
 class FactorSink:
-    """A pair of LoRA factors, or several of one weight: each a tensor of an adapter."""
+    """A pair of LoRA factors, or several of one weight: each a tensor of an adapter, written once it is whole."""
 
     def __init__(self, use: Use) -> None:
-        self.use, self._targets = use, self._placed(use)
-
-    @staticmethod
-    def _placed(use: Use) -> dict[str, Target]:
         assert use.way.place_factor is not None, "an adapter has places for factors"
-        return {info.name: use.way.place_factor(info) for pair in use.step.pairs for info in (pair.b, pair.a)}
+        infos = [info for pair in use.step.pairs for info in (pair.b, pair.a)]
+        self.use, self._targets = use, {info.name: use.way.place_factor(info) for info in infos}
+        self._factors = {info.name: torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype]) for info in infos}
 
     def outlet(self, region: Region) -> Outlet:
-        """Takes the factors of the one matrix."""
-        del region
-        return Outlet(alpha_of(self.use), take=self._take)
+        """Takes the factors of a matrix."""
 
-    def _take(self, b: Tensor, a: Tensor) -> None:
-        for pair in self.use.step.pairs:
-            for info, factor in zip((pair.b, pair.a), as_stored(pair, b, a), strict=True):
-                if not bool(factor.isfinite().all()):
-                    raise DataError(
-                        f"{info.name}: a factor of {self.use.step.name} is beyond the range of {info.dtype}. Leave the "
-                        f"tensor out with --skip '{self.use.step.name}'"
-                    )
-                self._targets[info.name].write(0, as_bytes(factor))
+        def take(b: Tensor, a: Tensor) -> None:
+            for pair in self.use.step.pairs:
+                self._store(pair, region.index, *as_stored(pair, b, a))
+
+        return Outlet(alpha_of(self.use), take=take)
+
+    def _store(self, pair: Pair, number: int, b: Tensor, a: Tensor) -> None:
+        places = sides_of(self._factors[pair.b.name], self._factors[pair.a.name], pair.count, number)
+        for info, place, factor in zip((pair.b, pair.a), places, (b, a), strict=True):
+            place.copy_(factor)
+            if not bool(place.isfinite().all()):
+                raise DataError(
+                    f"{info.name}: a factor of {self.use.step.name} is beyond the range of {info.dtype}. Leave the "
+                    f"tensor out with --skip '{self.use.step.name}'"
+                )
 
     def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:
-        """Factors of zeros."""
-        del region, matrix
-        self.copied(run, again=False)
+        """Factors of zeros, which they are."""
+        del region, matrix, run
         return None
 
     def copied(self, run: Run, *, again: bool) -> None:
-        """The same: nothing is to be added."""
-        del run
-        if again:
-            self._targets = self._placed(self.use)
-        m, n = self.use.step.m, self.use.step.n
-        self._take(torch.zeros(m, 0), torch.zeros(0, n))
+        """The same for all matrices: nothing is to be added."""
+        del again
+        for factor in self._factors.values():
+            factor.zero_()
+        self.ended(run)
 
     def ended(self, run: Run) -> None:
+        """All of them are there."""
         del run
+        for name, factor in self._factors.items():
+            self._targets[name].write(0, as_bytes(factor))
 
     def written(self, found: Found, told: Sequence[str], elapsed_s: float) -> list[Written]:
         """The first pair's B has the facts; the others say that they are factors."""
@@ -159,7 +163,7 @@ def alpha_of(use: Use) -> float:
 
 
 def as_stored(pair: Pair, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """B and A as the adapter's tensors: padded with zeros, turned, folded, in their shapes and dtype."""
+    """B and A as the adapter has those of a matrix, (out, rank) and (rank, in): padded with zeros, turned, folded."""
     if pair.fold != 1.0:
         b = (b.double() * pair.fold).to(b.dtype)
     rows, columns = b.shape[0], a.shape[1]
@@ -168,8 +172,4 @@ def as_stored(pair: Pair, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     full_a[: a.shape[0]] = a
     if pair.turned:
         full_b, full_a = full_a.T, full_b.T
-    dtype = TORCH_DTYPES[pair.b.dtype]
-    return (
-        full_b.reshape(pair.b.shape).to(dtype).contiguous(),
-        full_a.reshape(pair.a.shape).to(dtype).contiguous(),
-    )
+    return full_b, full_a

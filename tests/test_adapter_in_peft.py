@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +19,20 @@ from torch import Tensor, nn
 
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]  # warnings of other libraries are theirs
 peft = pytest.importorskip("peft", reason="`make compat` has an environment with it")
+transformers = pytest.importorskip("transformers", reason="`make compat` has an environment with it")
 
 from models import loaded, moved  # noqa: E402
-from zoo import ZOO  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from zoo import FUSED, ZOO, causal  # noqa: E402
 
 from lox_stream import Options, extrapolate  # noqa: E402
+from lox_stream.options import Rule  # noqa: E402
 
 RANK, ALPHA = 2, 1.25
 LEFT_OUT = (  # of a loaded model: what lox-stream leaves out for any architecture
     *("*.gate.weight", "*.router.weight", "*position_embedding*", "*embed_positions.weight", "*wpe.weight"),
     *("*relative_attention_bias.weight", "*rel_embeddings.weight", "*table", "*.latents", "*in_proj_weight"),
-    *("*output_position_encodings*",),
+    *("*output_position_encodings*", "*pos_embed.weight"),
 )
 NOT_TAKEN = {  # globs: by PEFT 0.21 with transformers 5, or left out here, beside these
     "bert": "*word_embeddings*",  # tied to a head that is called otherwise in each kind of model
@@ -39,11 +44,7 @@ NOT_TAKEN = {  # globs: by PEFT 0.21 with transformers 5, or left out here, besi
     "mamba": "*.out_proj.weight",
     "mamba2": "*.out_proj.weight",
     "falcon_h1": "*.out_proj.weight",
-    "recurrent_gemma": "*_gate_weight",
-    "gpt_oss": "*.experts.*",  # stacked in the files
-    "llama4": "*.experts.*",
-    "granitemoe": "*.experts.*",
-    "dbrx": "*.experts.*",
+    "dbrx": "*.experts.*",  # one under the other in two dimensions
     "qwen2_moe": "*.mlp.experts.*",  # stacked as it is loaded, and PEFT does not stack their factors
     "jamba": "*.experts.*",
     "deepseek_v3": "*.mlp.*_proj.weight",  # PEFT takes these names for experts' where a model has both
@@ -57,15 +58,39 @@ NOT_TAKEN = {  # globs: by PEFT 0.21 with transformers 5, or left out here, besi
 }
 
 
-def made(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+def aria() -> nn.Module:
+    return causal(transformers.AriaTextConfig, moe_num_experts=4, moe_num_shared_experts=1, pad_token_id=0)
+
+
+STACKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {  # whose files have experts in one tensor
+    **{name: (ZOO[name], {}) for name in ("gpt_oss", "llama4", "granitemoe")},
+    **{
+        f"{name}, as it is loaded": (ZOO[name], {"save_original_format": False})
+        for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "jamba", "qwen3_next", "granitemoe")
+    },
+    "qwen3_vl_moe": (FUSED["qwen3_vl_moe"], {}),
+    "qwen3_vl_moe, of the hub": (FUSED["qwen3_vl_moe"], {}),
+    "aria": (aria, {}),
+    "aria, as it is loaded": (aria, {"save_original_format": False}),
+}
+
+
+def saved(model: nn.Module, folder: Path, name: str) -> Path:
+    model.save_pretrained(folder, **STACKS[name][1] if name in STACKS else {})
+    if name.endswith("of the hub"):
+        tensors = load_file(folder / "model.safetensors")
+        turned = {where: w.transpose(1, 2).contiguous() for where, w in tensors.items() if ".experts." in where}
+        save_file(tensors | turned, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def made(name: str, folder: Path, **how: Any) -> tuple[nn.Module, nn.Module]:
     """The aligned model and what `run` makes of it, loaded; the adapter lies in folder/adapter."""
     torch.manual_seed(0)
-    base = ZOO[name]().float()
-    base.save_pretrained(folder / "base")
-    moved(base).save_pretrained(folder / "aligned")
-    pair = folder / "base", folder / "aligned"
-    extrapolate(*pair, folder / "out", options=Options(RANK, ALPHA))
-    extrapolate(*pair, folder / "adapter", options=Options(RANK, ALPHA, form="peft"))
+    base = (STACKS[name][0] if name in STACKS else ZOO[name])().float()
+    pair = saved(base, folder / "base", name), saved(moved(base), folder / "aligned", name)
+    extrapolate(*pair, folder / "out", options=Options(RANK, ALPHA, **how))
+    extrapolate(*pair, folder / "adapter", options=Options(RANK, ALPHA, form="peft", **how))
     return loaded(type(base), folder / "aligned"), loaded(type(base), folder / "out")
 
 
@@ -85,7 +110,7 @@ def changes(wrapped: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [*ZOO, *(name for name in STACKS if name not in ZOO)])
 def test_peft_adds_what_run_adds(name, tmp_path):
     aligned, out = made(name, tmp_path)
     before = {where: weight.detach().clone() for where, weight in aligned.named_parameters()}
@@ -101,7 +126,31 @@ def test_peft_adds_what_run_adds(name, tmp_path):
         assert float((change - right[where]).norm()) <= 1e-3 * float(right[where].norm()), where
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "qwen3", "gemma2", "mpt", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        *((name, "experts.gate_up_proj", "experts.down_proj") for name in ("llama4", "gpt_oss")),
+        ("granitemoe", "input_linear.weight", "output_linear.weight"),
+        ("mixtral, as it is loaded", "experts.gate_up_proj", "experts.down_proj"),
+    ],
+)
+def test_some_of_the_stacks_and_each_with_an_alpha_of_its_own(name, first, last, tmp_path):
+    """A module of which one parameter is changed is wrapped once, the others twice."""
+    rules = Rule(f"*layers.1.*{first}", skip=True), Rule(f"*{last}", rank=1, alpha=0.5), Rule("*q_proj*", alpha=2.0)
+    aligned, out = made(name, tmp_path, recipe=rules)
+    before = {where: weight.detach().clone() for where, weight in aligned.named_parameters()}
+    found = changes(with_adapter(aligned, tmp_path))
+    assert sorted(where.rsplit("layers.")[1][0] for where in found if found[where].dim() == 3) == ["0", "0", "1"]
+    for where, weight in out.named_parameters():
+        if where in found:
+            right = weight.detach() - before[where]
+            assert float((found[where] - right).norm()) <= 1e-3 * float(right.norm()), where
+
+
+OF_EXPERTS = ["gpt_oss", "llama4", "granitemoe", "aria", "mixtral, as it is loaded", "deepseek_v3, as it is loaded"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "qwen3", "gemma2", "mpt", "bloom", *OF_EXPERTS])
 def test_its_logits_are_those_of_the_merged_model(name, tmp_path):
     """To a thousandth of what the change does to them; and switched off it is the aligned model."""
     aligned, _ = made(name, tmp_path)
@@ -118,7 +167,7 @@ def test_its_logits_are_those_of_the_merged_model(name, tmp_path):
             assert torch.equal(wrapped(words).logits, before)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", *OF_EXPERTS])
 def test_what_peft_merges_is_what_apply_merges(name, tmp_path):
     aligned, _ = made(name, tmp_path)
     options = Options(alpha=0.0)

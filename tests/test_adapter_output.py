@@ -33,6 +33,7 @@ from lox_stream.adapters import _scaling
 from lox_stream.api import execute_all
 from lox_stream.carrying import _times
 from lox_stream.cli import commands
+from lox_stream.kinds import stack_of
 from lox_stream.options import Rule
 from lox_stream.output_rules import JOURNAL
 from lox_stream.recomputing import compare_all
@@ -74,6 +75,22 @@ SHAPES: dict[str, tuple[dict[str, object], dict[str, tuple[int, ...]]]] = {
             "lm_head.weight": (40, 24),
         },
     ),
+    **{
+        f"stacks of {model_type}": (
+            {"architectures": ["SomeForCausalLM"], "model_type": model_type, "vocab_size": 40},
+            {
+                "model.layers.0.self_attn.q_proj.weight": (30, 24),
+                **{f"model.layers.{i}.mlp.{name}": shape for i in (0, 1) for name, shape in stacks.items()},
+                "model.layers.0.mlp.shared_expert.gate_proj.weight": (20, 24),
+            },
+        )
+        for model_type, stacks in {
+            "gpt_oss": {"experts.gate_up_proj": (4, 24, 40), "experts.down_proj": (4, 20, 24)},
+            "qwen3_moe": {"experts.gate_up_proj": (4, 40, 24), "experts.down_proj": (4, 24, 20)},
+            "aria_text": {"experts.fc1.weight": (3, 24, 40), "experts.fc2.weight": (3, 20, 24)},
+            "square": {"experts.gate_up_proj": (2, 24, 24), "one.weight": (3, 36, 36)},
+        }.items()
+    },
     "a large one": ({"model_type": "new"}, {"proj.weight": (900, 700), "down.weight": (300, 1100)}),
     "convolutions": (
         {"model_type": "new"},
@@ -88,9 +105,10 @@ def make(root: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Pa
     generator = torch.Generator().manual_seed(0)
     sides: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
     for name, shape in shapes.items():
-        pair = pair_of(shape[0], max(1, torch.Size(shape[1:]).numel()), generator, dtype=dtype)
-        for side, weight in zip(sides, pair, strict=True):
-            side[name] = weight.view(shape) if len(shape) > 1 else weight[:, 0].contiguous()
+        count, m, n = stack_of(name, shape, config) if len(shape) > 1 else (1, *shape, 1)
+        pairs = [pair_of(m, n, generator, dtype=dtype) for _ in range(count)]
+        for side, matrices in zip(sides, zip(*pairs, strict=True), strict=True):
+            side[name] = torch.stack(matrices).view(shape)
     for side in sides if kind == "llama, tied and both stored" else ():
         side["lm_head.weight"] = side["model.embed_tokens.weight"].clone()
     base, aligned = (write(root / name, side, **config) for name, side in zip(("base", "aligned"), sides, strict=True))
@@ -260,7 +278,9 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize(("form", "carried"), [("peft", {"q_proj", "conv", "lm_head"}), ("vllm", {"q_proj"})])
+@pytest.mark.parametrize(
+    ("form", "carried"), [("peft", {"experts", "q_proj", "conv", "lm_head"}), ("vllm", {"q_proj"})]
+)
 def test_what_it_cannot_carry_is_listed_with_its_reason(form, carried, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "stacked", (MIXTRAL, STACKED))
     pair = make(tmp_path, "stacked")
@@ -269,8 +289,150 @@ def test_what_it_cannot_carry_is_listed_with_its_reason(form, carried, tmp_path,
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == carried
     assert all(one.reason for one in summary.left_out)
     assert len(summary.left_out) == len(STACKED) - len(carried)
+    assert any("vLLM has in another order" in one.reason for one in summary.left_out) == (form == "vllm")
     said = json.loads((tmp_path / "adapter" / "lox_stream.json").read_text())
     assert [one["name"] for one in said["left_out"]] == [one.name for one in summary.left_out]
+
+
+STACK = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "said"),
+    [
+        ({"transformer.blocks.0.ffn.experts.mlp.w1": (40, 24)}, {"ffn_config": {"moe_num_experts": 4}}, "one matrix"),
+        ({f"{STACK}.in": (4, 30, 24), f"{STACK}.out": (4, 24, 30)}, {}, "(in, out), whose order in it is not known"),
+        ({"experts_in": (4, 30, 24)}, {}, "the model's own"),
+        ({f"{STACK}.down_proj": (4, 24, 24)}, {"model_type": "qwen3_vl_moe"}, "that the model may have turned"),
+    ],
+    ids=str,
+)
+def test_stacks_that_peft_cannot_carry_are_left_out_with_the_true_reason(shapes, config, said, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "odd", (config, shapes | {"q_proj.weight": (30, 24)}))
+    made = plan(*make(tmp_path, "odd"), options=Options(form="peft"))
+    assert {one.name for one in made.left_out} == shapes.keys()
+    assert all(said in one.reason for one in made.left_out)
+
+
+def test_names_and_shapes_of_stacks_are_those_that_peft_saves(tmp_path):
+    """The last parameter of a module is the outermost; A one under the other, B in turns."""
+    pair = make(tmp_path, "stacks of qwen3_moe")
+    assert any("4 of the weights are stacks" in one for one in plan(*pair, options=Options(form="peft")).warnings)
+    folder = adapter(pair, tmp_path / "adapter", rank=3, skip=("*layers.1*.gate_up_proj",))
+    shapes = {
+        name.removeprefix("base_model.model.model."): tuple(w.shape) for name, w in load_file(folder / WEIGHTS).items()
+    }
+    assert shapes == {
+        "layers.0.mlp.experts.base_layer.lora_A.weight": (12, 24),
+        "layers.0.mlp.experts.base_layer.lora_B.weight": (40, 12),
+        "layers.0.mlp.experts.lora_A.weight": (12, 20),
+        "layers.0.mlp.experts.lora_B.weight": (24, 12),
+        "layers.1.mlp.experts.lora_A.weight": (12, 20),
+        "layers.1.mlp.experts.lora_B.weight": (24, 12),
+        "layers.0.self_attn.q_proj.lora_A.weight": (3, 24),
+        "layers.0.self_attn.q_proj.lora_B.weight": (30, 3),
+        "layers.0.mlp.shared_expert.gate_proj.lora_A.weight": (3, 24),
+        "layers.0.mlp.shared_expert.gate_proj.lora_B.weight": (20, 3),
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["target_parameters"] == [
+        "experts.down_proj",
+        "gate_proj.weight",  # as a module PEFT would take it for the experts'
+        "model.layers.0.mlp.experts.gate_up_proj",
+    ]
+    turned = load_file(adapter(make(tmp_path / "2", "stacks of gpt_oss"), tmp_path / "turned", rank=3) / WEIGHTS)
+    at = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_"
+    assert {side: tuple(turned[f"{at}{side}.weight"].shape) for side in "AB"} == {"A": (12, 24), "B": (40, 12)}
+
+
+@pytest.mark.parametrize("kind", ["stacks of gpt_oss", "stacks of qwen3_moe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 1},
+        {"rank": 30, "alpha": -0.3},
+        {"svd": "exact", "alpha": 0.19},
+        {"rounding": "stochastic", "seed": 3},
+        {"recipe": (Rule("*down_proj*", rank=9, alpha=0.05), Rule("*gate_up*", skip=True))},
+    ],
+    ids=str,
+)
+def test_whatever_was_asked_for_of_stacks_it_is(kind, options, tmp_path):
+    pair = make(tmp_path, kind)
+    extrapolate(*pair, tmp_path / "out", options=Options(**options))
+    kept = {name: options[name] for name in ("rounding", "seed") if name in options}
+    folder = adapter(pair, tmp_path / "adapter", **options)
+    assert weights(merged(pair[1], folder, tmp_path / "merged", **kept)) == weights(tmp_path / "out")
+
+
+def test_alphas_of_stacks_from_one_solve_are_those_of_their_adapter(tmp_path):
+    pair = make(tmp_path, "stacks of gpt_oss")
+    plans = [plan(*pair, tmp_path / f"{alpha}", options=Options(alpha=alpha, solved_for=1.25)) for alpha in (0.5, 1.25)]
+    execute_all([*plans, plan(*pair, tmp_path / "adapter", options=Options(form="peft", solved_for=1.25))])
+    assert weights(tmp_path / "adapter") == weights(adapter(pair, tmp_path / "alone"))
+    for alpha in (0.5, 1.25):
+        again = merged(pair[1], tmp_path / "adapter", tmp_path / f"merged {alpha}", scaling=alpha)
+        assert weights(again) == weights(tmp_path / f"{alpha}")
+
+
+def test_an_expert_without_an_update_has_factors_of_zeros(tmp_path):
+    """One that is as in base by itself; all of a stack in which one holds NaN."""
+    base, aligned = make(tmp_path, "stacks of qwen3_moe")
+    same, half = (load_file(side / "model.safetensors") for side in (base, aligned))
+    half[f"{STACK}.gate_up_proj"][2] = same[f"{STACK}.gate_up_proj"][2]
+    half[f"{STACK}.down_proj"][3, 4, 5] = float("nan")
+    save_file(half, aligned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"experts\.down_proj.*Carry such tensors as zeros"):
+        adapter((base, aligned), tmp_path / "refused")
+    folder = adapter((base, aligned), tmp_path / "adapter", on_nonfinite="copy", rank=2)
+    factors = load_file(folder / WEIGHTS)
+    b = factors[f"base_model.model.{STACK}.base_layer.lora_B.weight"].view(40, 2, 4)
+    assert [bool(b[:, :, number].any()) for number in range(4)] == [True, True, False, True]
+    assert not factors[f"base_model.model.{STACK}.lora_B.weight"].any()
+    extrapolate(base, aligned, tmp_path / "out", options=Options(2, on_nonfinite="copy"))
+    assert weights(merged(aligned, folder, tmp_path / "merged")) == weights(tmp_path / "out")
+    assert all(one.ok for one in compare_all(choose_sample(folder, base, aligned, count=30)))
+
+
+@pytest.mark.parametrize("kind", ["stacks of gpt_oss", "stacks of qwen3_moe"])
+def test_each_expert_is_verified_by_itself_and_a_stack_repaired_whole(kind, tmp_path):
+    pair = make(tmp_path, kind)
+    folder = adapter(pair, tmp_path / "adapter", rank=2, alpha=0.8)
+    right = weights(folder)
+    checked = list(compare_all(choose_sample(folder, *pair, count=40)))
+    assert len(checked) == 2 + 4 * 4
+    assert all(one.ok for one in checked)
+    factors = load_file(folder / WEIGHTS)
+    name = f"base_model.model.{STACK}.lora_B.weight"
+    factors[name].view(24, 2, 4)[:, :, 1] *= 1.1
+    save_file(factors, folder / WEIGHTS, metadata={"format": "pt"})
+    wrong = [one.name for one in compare_all(choose_sample(folder, *pair, count=40)) if not one.ok]
+    assert wrong == [f"{STACK}.down_proj[1]"]
+    data = bytearray(right[WEIGHTS])
+    data[-9] ^= 4
+    (folder / WEIGHTS).write_bytes(data)
+    summary = extrapolate(*pair, folder, options=Options(2, 0.8, form="peft"), resume=True, repair=True)
+    assert len(summary.repaired or ()) == 1
+    assert weights(folder) == right
+    out = merged(pair[1], folder, tmp_path / "merged")
+    merging = list(compare_all(choose_sample(out, pair[1], folder, count=40)))
+    assert sum(one.kind == "merged" for one in merging) == 2 + 4 * 4
+    assert all(one.ok for one in merging)
+
+
+def test_stacks_of_a_run_that_was_stopped_are_gone_on_with_to_the_same_bytes(tmp_path):
+    pair = make(tmp_path, "stacks of qwen3_moe")
+    right = weights(adapter(pair, tmp_path / "right"))
+    for stop_after in (1, 2, 3):
+        folder = tmp_path / f"stopped after {stop_after}"
+        interrupted(pair, {str(folder): Options(form="peft", threads=1)}, stop_after)
+        extrapolate(*pair, folder, options=Options(form="peft"), resume=True)
+        assert weights(folder) == right
+        out = tmp_path / f"out {stop_after}"
+        interrupted((pair[1], folder), {str(out): Options(alpha=0.0, threads=1)}, stop_after)
+        extrapolate(pair[1], folder, out, options=Options(alpha=0.0), resume=True)
+        assert weights(out) == weights(extrapolate(*pair, tmp_path / "whole", overwrite=True).out)
 
 
 def test_names_of_modules_are_short_where_that_is_unambiguous(tmp_path, monkeypatch):

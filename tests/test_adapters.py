@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import threading
 from pathlib import Path
@@ -26,6 +27,7 @@ from lox_stream import (
     ResumeError,
     execute,
     extrapolate,
+    files,
     plan,
     stream,
 )
@@ -250,6 +252,184 @@ def test_names_of_base_may_be_given(pair, tmp_path):
     assert not torch.equal(written(out)["model.layers.0.att.q_proj.weight"], base_tensors()[Q])
 
 
+GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
+STACKS = {"target_parameters": ["experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+
+
+def stack_factors(shapes: dict[str, tuple[int, int, int]], r: int = 8, *, turned: bool = False) -> dict[str, Tensor]:
+    """Of stacks (count, m, n), as PEFT has them."""
+    given = {}
+    for seed, (module, (count, m, n)) in enumerate(shapes.items()):
+        inner, outer = (m, n) if turned else (n, m)
+        at = f"base_model.model.model.layers.0.mlp.{module}.lora_"
+        given[f"{at}A.weight"] = normal(count * r, inner, seed=20 + seed, scale=0.1)
+        given[f"{at}B.weight"] = normal(outer, r * count, seed=30 + seed, scale=0.1)
+    return given
+
+
+def stacked_change(given: dict[str, Tensor], module: str, count: int, *, turned: bool = False) -> Tensor:
+    """What PEFT adds: the einsum of its `ParamWrapper`, in float64, with a scaling of two."""
+    a, b = (given[f"base_model.model.model.layers.0.mlp.{module}.lora_{side}.weight"].double() for side in "AB")
+    a, b = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count)
+    return 2.0 * torch.einsum("o r e, e r i -> e i o" if turned else "o r e, e r i -> e o i", b, a)
+
+
+NESTED = {"experts.base_layer": (3, 72, 64), "experts": (3, 64, 36)}  # the last parameter is outermost
+
+
+def stacks_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: normal(*shape, seed=seed).bfloat16() for seed, (name, shape) in enumerate(shapes.items(), 40)}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_matrix_of_a_stack_is_extrapolated_by_itself(turned, tmp_path):
+    tensors = stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)})
+    base = folders.write(tmp_path / "base", base_tensors() | tensors)
+    given = stack_factors(NESTED, turned=turned)
+    folder = write_adapter(tmp_path / "adapter", given | factors(Q, 80, 64), **STACKS)
+    summary = extrapolate(base, folder, tmp_path / "out", options=Options(3))
+    assert summary.totals.extrapolated == 3
+    out = written(tmp_path / "out")
+    for name, module in ((GATE_UP, "experts.base_layer"), (DOWN, "experts")):
+        delta = stacked_change(given, module, 3, turned=turned)
+        expected = torch.stack([right(w0, change, 3, 1.25) for w0, change in zip(tensors[name], delta, strict=True)])
+        assert agreeing(out[name], expected) >= SHARE
+    rows = json.loads((tmp_path / "out" / "lox_stream.json").read_text())["tensors"]
+    assert len(rows[GATE_UP]["matrices"]) == 3
+    assert all(one.ok for one in compare_all(choose_sample(tmp_path / "out", base, folder, count=40)))
+    extrapolate(base, folder, tmp_path / "merged", options=Options(alpha=0.0))
+    delta = stacked_change(given, "experts", 3, turned=turned)
+    expected = rounded_once(tensors[DOWN].double() + delta, torch.bfloat16)
+    assert agreeing(written(tmp_path / "merged")[DOWN], expected) >= SHARE
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_experts_that_files_have_apart_are_changed_each_by_its_part_of_the_stack(names, tmp_path):
+    gate, up, down = names
+    where = "model.layers.0.mlp.experts" if gate != "w1" else "model.layers.0.block_sparse_moe.experts"
+    shapes = {gate: (36, 64), up: (36, 64), down: (64, 36)}
+    tensors = stacks_of({f"{where}.{i}.{name}.weight": shape for i in range(3) for name, shape in shapes.items()})
+    base = folders.write(tmp_path / "base", base_tensors() | tensors)
+    given = stack_factors(NESTED)
+    folder = write_adapter(tmp_path / "adapter", given, **{**STACKS, "target_modules": []})
+    extrapolate(base, folder, tmp_path / "out", options=Options(3))
+    out = written(tmp_path / "out")
+    both, below = (stacked_change(given, module, 3) for module in NESTED)
+    for i in range(3):
+        changes = dict(zip(names, (both[i, :36], both[i, 36:], below[i]), strict=True))
+        for name, change in changes.items():
+            at = f"{where}.{i}.{name}.weight"
+            assert agreeing(out[at], right(tensors[at], change, 3, 1.25)) >= SHARE, at
+    assert all(one.ok for one in compare_all(choose_sample(tmp_path / "out", base, folder, count=40)))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot drop pages of a file")
+def test_factors_of_a_stack_stay_in_the_page_cache_for_its_next_matrix(tmp_path, monkeypatch):
+    """The columns of one expert lie on all pages of B."""
+    base = folders.write(tmp_path / "base", base_tensors() | stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)}))
+    folder = write_adapter(tmp_path / "adapter", stack_factors(NESTED) | factors(Q, 80, 64), **STACKS)
+    dropped, real = [], files.drop_cache
+    monkeypatch.setattr(
+        files, "drop_cache", lambda fd, *rest: dropped.append(Path(f"/proc/self/fd/{fd}").readlink()) or real(fd, *rest)
+    )
+    extrapolate(base, folder, tmp_path / "out", options=Options(alpha=0.0, threads=1))
+    assert dropped.count(folder / "adapter_model.safetensors") == 4, "of the one module, twice two factors"
+
+
+SQUARE = {"experts.base_layer": (3, 64, 64), "experts": (3, 64, 36)}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_square_stack_is_turned_as_the_one_beside_it(turned, tmp_path):
+    tensors = stacks_of({GATE_UP: (3, 64, 64), DOWN: (3, 64, 36)})
+    base = folders.write(tmp_path / "base", tensors)
+    given = stack_factors(SQUARE, turned=turned)
+    extrapolate(
+        base, write_adapter(tmp_path / "adapter", given, **STACKS), tmp_path / "out", options=Options(alpha=0.0)
+    )
+    delta = stacked_change(given, "experts.base_layer", 3, turned=turned)
+    expected = rounded_once(tensors[GATE_UP].double() + delta, torch.bfloat16)
+    assert agreeing(written(tmp_path / "out")[GATE_UP], expected) >= SHARE
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "turned"),
+    [
+        ("gpt_oss", "0.18.0", True),
+        ("gpt_oss", None, True),
+        ("qwen3_moe", "0.21.2", False),
+        ("qwen3_moe", "0.18.1", None),
+    ],
+)
+def test_a_square_stack_alone_is_turned_as_its_model_has_it(model, version, turned, tmp_path):
+    tensors = stacks_of({GATE_UP: (3, 64, 64)})
+    base = folders.write(tmp_path / "base", tensors, model_type=model)
+    given = stack_factors({"experts": (3, 64, 64)})
+    said = {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj"], "peft_version": version}
+    folder = write_adapter(tmp_path / "adapter", given, **said)
+    if turned is None:
+        assert "holds square matrices, and nothing tells" in problems_of(base, folder)
+        return
+    extrapolate(base, folder, tmp_path / "out", options=Options(alpha=0.0))
+    delta = stacked_change(given, "experts", 3, turned=turned)
+    expected = rounded_once(tensors[GATE_UP].double() + delta, torch.bfloat16)
+    assert agreeing(written(tmp_path / "out")[GATE_UP], expected) >= SHARE
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ({"experts.base_layer": (3, 72, 64), "experts": (3, 60, 36)}, "base is (64, 36), the adapter's factors of 3"),
+        ({"experts.base_layer": (2, 72, 64), "experts": (3, 64, 36)}, "gate_up_proj: base is (3, 72, 64)"),
+        ({"experts": (3, 64, 36)}, "experts: has 1 pairs of factors, target_parameters names gate_up"),
+        ({"others.base_layer": (3, 72, 64), "others": (3, 64, 36)}, "others: its rank is 24"),
+    ],
+)
+def test_factors_of_another_stack_are_refused(shapes, says, tmp_path):
+    base = folders.write(tmp_path / "base", stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)}))
+    folder = write_adapter(tmp_path / "adapter", stack_factors(shapes), **STACKS)
+    assert says in problems_of(base, folder)
+
+
+def test_the_rank_of_a_stack_is_its_parameters_own(tmp_path):
+    """Patterns speak of parameters, and what is no multiple of the rank is refused."""
+    base = folders.write(tmp_path / "base", stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)}))
+    given = stack_factors({"experts.base_layer": (3, 72, 64)}, 5) | stack_factors({"experts": (3, 64, 36)}, 4)
+    folder = write_adapter(tmp_path / "adapter", given, **STACKS, r=4, rank_pattern={".*\\.gate_up_proj": 5})
+    assert [(one.changes, one.rank, one.count) for one in open_adapter(folder).modules] == [
+        (GATE_UP, 5, 3),
+        (DOWN, 4, 3),
+    ]
+    plan(base, folder)
+    write_adapter(folder, given, **STACKS, r=7)
+    assert "its rank is 15, adapter_config.json says 7, or that times so many experts" in problems_of(base, folder)
+    rows = inspect_checkpoint(write_adapter(folder, given, **STACKS, r=4, rank_pattern={"gate_up_proj": 5})).rows
+    assert [(row.name, row.shape, row.reason) for row in rows] == [
+        (GATE_UP, (3, 72, 64), "LoRA, rank 5, scaling 3.2"),
+        (DOWN, (3, 64, 36), "LoRA, rank 4, scaling 4"),
+    ]
+
+
+def test_parameters_of_a_module_in_an_order_that_is_not_known_are_refused(tmp_path):
+    base = folders.write(tmp_path / "base", stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)}))
+    folder = write_adapter(tmp_path / "a", stack_factors(NESTED), target_parameters=["experts.one", "experts.two"])
+    assert "one, two are parameters whose order in it is not known" in problems_of(base, folder)
+
+
+def test_a_stack_of_which_base_holds_no_numbers_is_merged_and_no_more(tmp_path):
+    tensors = stacks_of({GATE_UP: (3, 72, 64), DOWN: (3, 64, 36)})
+    tensors[DOWN][1, 3, 5] = torch.inf
+    base = folders.write(tmp_path / "base", tensors)
+    given = stack_factors(NESTED)
+    folder = write_adapter(tmp_path / "adapter", given, **STACKS)
+    with pytest.raises(DataError, match=r"down_proj: base holds NaN or Inf"):
+        extrapolate(base, folder, tmp_path / "out")
+    extrapolate(base, folder, tmp_path / "out", options=Options(on_nonfinite="copy"), overwrite=True)
+    expected = (tensors[DOWN].double() + stacked_change(given, "experts", 3)).float().bfloat16()
+    assert agreeing(written(tmp_path / "out")[DOWN], expected) >= SHARE
+    assert all(one.ok for one in compare_all(choose_sample(tmp_path / "out", base, folder, count=40)))
+
+
 def test_an_adapter_in_a_pickle_or_named_by_its_file_is_the_same(pair, tmp_path):
     base, adapter, out = pair
     extrapolate(base, adapter, out)
@@ -277,7 +457,14 @@ def test_a_whole_model_beside_an_adapters_config_is_the_model(pair, tmp_path):
         ({"peft_type": None}, "peft_type is None"),
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"target_parameters": "experts.down_proj"}, "expected [name, ...]"),
+        ({"target_parameters": [3]}, "expected [name, ...]"),
+        ({"target_parameters": ["down_proj"], "target_modules": ".*q_proj"}, "'down_proj' without its module"),
+        (
+            {"target_parameters": ["q_proj.a", "q_proj.b"]},
+            "q_proj: has 1 pairs of factors, target_parameters names a, b of it",
+        ),
+        ({"target_parameters": ["q_proj.other"]}, "q_proj.other"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias"),

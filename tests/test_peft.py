@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lox_stream import CheckpointError, Options, extrapolate  # noqa: E402
 from lox_stream.recomputing import rounded_once  # noqa: E402
 
 RANK, ALPHA, SHARE = 3, 1.25, 0.9995
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"target_modules": LLAMA, "r": 8, "lora_alpha": 16}),
@@ -43,13 +45,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {"target_modules": ["query", "value", "dense"], "r": 4}),
     "t5": ("t5", {"target_modules": ["q", "v", "wo"], "r": 4}),
     "orthogonal": ("llama", {"target_modules": LLAMA, "r": 4, "init_lora_weights": "orthogonal"}),
+    "stacks": ("llama4", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 4}),
+    "stacks, transposed": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 4}),
+    "stacks, renamed": ("granitemoe", {"target_modules": [], "target_parameters": EXPERTS, "r": 4}),
+    "one stack": ("gpt_oss", {"target_modules": [], "target_parameters": ["experts.down_proj"], "r": 4}),
+    "stacks with patterns": (
+        "llama4",
+        {
+            "target_modules": ["o_proj"],
+            "target_parameters": EXPERTS,
+            "r": 4,
+            "rank_pattern": {"experts.down_proj": 7, "o_proj": 2},
+            "alpha_pattern": {"layers.1.feed_forward.experts.gate_up_proj": 3},
+        },
+    ),
+    "stacks that files have apart": ("qwen3_moe", {"target_modules": [], "target_parameters": EXPERTS, "r": 4}),
+    "stacks of Mixtral": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 4}),
+    "modules that PEFT stacks": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"], "r": 4}),
+    "a square stack": ("qwen2_moe", {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "r": 4}),
+    "blocks": ("recurrent_gemma", {"target_modules": [], "target_parameters": ["rg_lru.input_gate_weight"], "r": 2}),
+    "weights of linear layers": ("llama", {"target_modules": ["q_proj"], "target_parameters": ["k_proj.weight"]}),
 }
+APART = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "mixtral",
+)  # whose files have the gate and the projection up of each expert by itself
 
 
-def adapted(name: str, folder: Path, **config: Any) -> nn.Module:
-    """A model of the zoo saved in bfloat16 with an adapter of random float32 factors beside it; with PEFT around it."""
+def adapted(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **config: Any) -> nn.Module:
+    """A model of the zoo saved in a dtype with an adapter of random factors beside it; with PEFT around it."""
     torch.manual_seed(0)
-    model = ZOO[name]().bfloat16()
+    model = ZOO[name]().to(dtype)
     model.save_pretrained(folder / "base")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     generator = torch.Generator().manual_seed(1)
@@ -66,8 +93,19 @@ def changes(wrapped: nn.Module) -> dict[str, Tensor]:
     found = {}
     for where, module in wrapped.double().base_model.model.named_modules():
         if hasattr(module, "get_delta_weight") and "default" in module.scaling:
-            found[f"{where}.weight"] = module.get_delta_weight("default").detach()
+            name = f"{where}.{getattr(module, 'parameter_name', 'weight')}".replace(".base_layer", "")
+            found[name] = module.get_delta_weight("default").detach()
     return found
+
+
+def by_matrix(w0: Tensor, delta: Tensor, where: str, *, apart: bool) -> Tensor:
+    """Each matrix of a stack by itself, and in `apart` files the two of a gate and a projection up."""
+    if w0.dim() != 3 or "conv" in where:
+        return extrapolated(w0, delta)
+    halves = 2 if apart and where.endswith("gate_up_proj") else 1
+    shape = (w0.shape[0] * halves, w0.shape[1] // halves, w0.shape[2])
+    matrices = zip(w0.reshape(shape), delta.reshape(shape), strict=True)
+    return torch.stack([extrapolated(*both) for both in matrices]).view(w0.shape)
 
 
 def extrapolated(w0: Tensor, delta: Tensor) -> Tensor:
@@ -77,9 +115,9 @@ def extrapolated(w0: Tensor, delta: Tensor) -> Tensor:
     return w0.double() + delta + ALPHA * part.view(delta.shape)
 
 
-def loaded(kind: type, folder: Path) -> dict[str, Tensor]:
+def loaded(kind: type, folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The parameters of a model, of which no key may be missing or left over."""
-    model, told = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.bfloat16)
+    model, told = kind.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     assert not any(told.values()), told
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -99,11 +137,32 @@ def test_an_adapter_of_peft_is_extrapolated_and_the_whole_model_loads(case, tmp_
         if where not in delta:
             assert torch.equal(w, base[where]), where
             continue
-        right = rounded_once(extrapolated(base[where], delta[where]).contiguous(), torch.bfloat16)
+        exact = by_matrix(base[where], delta[where], where, apart=name in APART)
+        right = rounded_once(exact.contiguous(), torch.bfloat16)
         same += int((right == w).sum())
         elements += w.numel()
         assert not torch.equal(w, base[where]), where
     assert same >= SHARE * elements
+
+
+MERGED = [
+    case for case, (_, config) in CASES.items() if config.get("target_parameters") or "w1" in config["target_modules"]
+]
+
+
+@pytest.mark.parametrize("case", [*MERGED, "experts in two dimensions"])
+def test_what_it_merges_of_stacks_is_what_peft_merges(case, tmp_path):
+    """In float32, to its rounding."""
+    two = ("dbrx", {"target_modules": [], "target_parameters": ["mlp.w1", "mlp.w2", "mlp.v1"], "r": 4})
+    name, config = CASES.get(case, two)
+    wrapped = adapted(name, tmp_path, torch.float32, **config)
+    kind, delta = type(wrapped.base_model.model), changes(copy.deepcopy(wrapped))
+    extrapolate(*(tmp_path / side for side in ("base", "adapter", "out")), options=Options(alpha=0.0))
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    for where, w in loaded(kind, tmp_path / "out", torch.float32).items():
+        change = float(delta[where].norm()) if where in delta else 0.0
+        assert change or torch.equal(w, merged[where]), where
+        assert float((w - merged[where]).norm()) <= 1e-5 * change + 1e-6 * float(w.norm()), where
 
 
 @pytest.mark.parametrize(
@@ -115,7 +174,6 @@ def test_an_adapter_of_peft_is_extrapolated_and_the_whole_model_loads(case, tmp_
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "init_lora_weights"),
         ("llama", {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
-        ("mixtral", {"target_modules": [], "target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ("bert", {"target_modules": ["query"], "bias": "lora_only"}, "bias"),
         ("llama, tied", {"target_modules": ["lm_head"]}, "base lacks"),
         ("convnext", {"target_modules": ["dwconv"], "r": 32}, "grouped"),
