@@ -129,10 +129,8 @@ class Place:
             raise _problem(kind, f"{at}: {first_line(error)} It seems that {problem}") from error
         except Exception as error:  # of a Rust library, which has one class for all that it does not name
             if failed is ConnectionError:
-                raise ConnectionError(first_line(error)) from error
-            raise _problem(
-                kind, f"{at}: the server, or the way to it, failed: {first_line(error)} Try again"
-            ) from error
+                raise ConnectionError(_reason(error)) from error
+            raise _problem(kind, f"{at}: the server, or the way to it, failed: {_reason(error)} Try again") from error
 
 
 def _reason(error: Exception) -> str:
