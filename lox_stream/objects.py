@@ -135,7 +135,7 @@ class Place:
 
 def _reason(error: Exception) -> str:
     """What obstore says in its first line; of a certificate it speaks further down."""
-    distrusted = "its certificate is not one that this machine trusts. " if "certificate" in str(error) else ""
+    distrusted = "its certificate is not one that this machine trusts. " if "certificate" in str(error).lower() else ""
     return distrusted + first_line(error)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lox_stream import hub as lox_hub
+from lox_stream.remote import FIRST_BYTES
 from lox_stream.synthetic import llama_shapes, write_pair
 
 pytestmark = [pytest.mark.examples, pytest.mark.filterwarnings("default")]
@@ -62,7 +63,7 @@ def test_a_pair_on_the_hub_gives_the_bytes_of_one_on_the_disk(hub, pair, tmp_pat
     assert "org/aligned" in (tmp_path / "out" / "README.md").read_text()
     sent = hub.sent("safetensors")
     assert lox(hub, tmp_path, *RUN, "--overwrite").returncode == 0
-    assert hub.sent("safetensors") <= sent + 4 * lox_hub.FIRST_BYTES, "the second time the weights are in the cache"
+    assert hub.sent("safetensors") <= sent + 4 * FIRST_BYTES, "the second time the weights are in the cache"
 
 
 def test_a_dry_run_and_inspect_read_headers_alone(hub, pair, tmp_path):
@@ -241,3 +242,49 @@ def test_a_server_that_is_busy_is_asked_again(pair, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert hub.busy == 0
     assert json.loads(ran.stdout)["totals"]["extrapolated_tensors"] == 15
+
+
+THROUGH = [*RUN, "--scratch", "scratch"]
+
+
+def test_a_pair_on_the_hub_passes_through_a_scratch(hub, pair, tmp_path):
+    ran = lox(hub, tmp_path, *THROUGH, "--scratch-size", "1MB")
+    assert ran.returncode == 0, ran.stderr
+    assert not list((tmp_path / "hf").rglob("*.safetensors")), "and not through the cache"
+    assert list((tmp_path / "scratch").iterdir()) == []
+    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
+    assert here.returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "here")
+    assert "org/aligned" in (tmp_path / "out" / "README.md").read_text()
+    inputs = json.loads((tmp_path / "out" / "lox_stream.json").read_text())["inputs"]
+    assert [inputs[side]["path"] for side in ("base", "aligned")] == ["org/base", "org/aligned@v1"]
+
+
+@pytest.mark.parametrize("faults", [{"busy": 3}, {"cut": 2}, {"wrong": 1}])
+def test_faults_on_the_way_through_a_scratch_change_nothing(faults, pair, tmp_path):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, **faults)) as hub:
+        ran = lox(hub, tmp_path, *THROUGH)
+        assert ran.returncode == 0, ran.stderr
+        assert (hub.busy, hub.cut, hub.wrong) == (0, 0, 0)
+    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
+    assert here.returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "here")
+
+
+def test_wrong_bytes_that_stay_are_refused_and_the_run_goes_on(pair, tmp_path):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, wrong=99)) as hub:
+        ran = lox(hub, tmp_path, *THROUGH)
+        assert ran.returncode == 1
+        assert "its bytes are not what was promised" in ran.stderr
+        assert weights(tmp_path / "out") == {}
+        hub.wrong = 0
+        assert lox(hub, tmp_path, *THROUGH, "--resume").returncode == 0
+    assert lox(hub, tmp_path, "verify", "out").returncode == 0
+
+
+def test_a_gated_model_says_so_through_a_scratch_too(pair, tmp_path):
+    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, gated=("org/base",))) as hub:
+        ran = lox(hub, tmp_path, *THROUGH)
+    assert ran.returncode == 1
+    assert "org/base: is gated: this account may not read it. Ask for access at" in ran.stderr
+    assert not (tmp_path / "out").exists()

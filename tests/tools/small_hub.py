@@ -19,9 +19,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """Serves `models`, name -> folder; `log` has (method, path, range) of each request."""
 
-    def __init__(self, models: dict[str, Path], *, gated: tuple[str, ...] = (), cut: int = 0, busy: int = 0) -> None:
+    def __init__(
+        self, models: dict[str, Path], *, gated: tuple[str, ...] = (), cut: int = 0, busy: int = 0, wrong: int = 0
+    ) -> None:
         self.models, self.gated = models, gated
         self.busy = busy  # answers to ranged requests that are 503
+        self.wrong = wrong  # answers of more than a header that have a flipped bit
         self.cut = cut  # answers of weights that end in the middle, before one is whole
         self.private: dict[str, bool] = {}
         self.pushed: dict[str, dict[str, bytes]] = {}  # by model: files of its last commit
@@ -146,8 +149,15 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def info(self, name: str) -> dict[str, object]:
             folder = hub.models[name]
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            siblings = [{"rfilename": str(path.relative_to(folder)), "size": path.stat().st_size} for path in files]
+            siblings = [self.sibling(path, folder) for path in files]
             return {"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "private": False, "siblings": siblings}
+
+        def sibling(self, path: Path, folder: Path) -> dict[str, object]:
+            said: dict[str, object] = {"rfilename": str(path.relative_to(folder)), "size": path.stat().st_size}
+            if path.suffix == ".safetensors":
+                sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                said["lfs"] = {"size": said["size"], "sha256": sha256, "pointerSize": 134}
+            return said
 
         def file(self, path: Path, *, body: bool) -> None:
             if not path.is_file():
@@ -165,6 +175,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 cut = body and path.suffix == ".safetensors" and last == len(data) - 1 and hub.cut > 0
                 hub.cut -= cut
             part = data[first : last + 1]
+            if body and len(part) > 70_000 and hub.wrong:
+                hub.wrong -= 1
+                part = bytes([part[0] ^ 1]) + part[1:]
             self.send_response(206 if found else 200)
             self.send_header("Content-Length", str(len(part)))
             if found:
