@@ -25,9 +25,10 @@ from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
-from lox_stream.sharing import folder_of_part
+from lox_stream.sharing import begun_in_parts, folder_of_part
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
+from lox_stream.spreading import plan_spread
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
@@ -52,6 +53,7 @@ class Request:
     as_json: bool
     quiet: bool
     typed: tuple[str, ...]  # the command's arguments, `run` included
+    ray: str = ""  # the address of a Ray cluster, "local" for one of this machine; "": without
 
 
 def request_for(
@@ -140,6 +142,7 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
         raise OptionError(
             "--repair and --dry-run are both given, expected one: `lox-stream verify` says what is damaged"
         )
+    _check_ray(request)
     machine = parse_machine(request.assume)
     with Interruption(lambda: _stopped(request)) as interruption, ExitStack() as stack:
         if is_hub_id(request.base) or is_hub_id(request.aligned):
@@ -147,7 +150,7 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
             made = [_with_names(one, given) for one in _plans(request)]
         else:
             made = _plans(request)
-        if not request.dry_run:
+        if not (request.dry_run or request.ray):  # of a cluster each node settles for itself
             from lox_stream.device import settled
 
             made = [settled(one) for one in made]
@@ -191,7 +194,21 @@ def _with_way_out(error: LoxError, again: str) -> Any:
     return text.split("\n") if isinstance(error, CheckpointError) else text
 
 
+def _check_ray(request: Request) -> None:
+    """Raise OptionError for what cannot be done on a cluster."""
+    refused = {
+        "--overwrite": (request.overwrite, "Remove the earlier output, or choose another --out"),
+        "--repair": (request.repair, "Repair on one machine: the finished output, or a part with --part I/N"),
+        "--dry-run with --resume": (request.dry_run and request.resume, "What is left to do is told by the run"),
+    }
+    for option, (given, way_out) in refused.items():
+        if request.ray and given:
+            raise OptionError(f"--ray and {option} are both given, expected one. {way_out}")
+
+
 def _plans(request: Request) -> list[Plan]:
+    if request.ray:
+        return plan_spread(request.base, request.aligned, request.outputs, resume=request.resume, dry=request.dry_run)
     return plan_all(
         request.base,
         request.aligned,
@@ -278,6 +295,10 @@ def _execute(request: Request, made: Sequence[Plan], interruption: Interruption)
 
     label = "repairing" if request.repair else "extrapolating"
     with display(console_of(stderr=True), label, quiet=request.quiet) as show, interruption.gently():
+        if request.ray:
+            from lox_stream.on_ray import execute_on_ray
+
+            return execute_on_ray(made, request.ray, resume=request.resume, progress=show, cancel=interruption.cancel)
         return execute_all(
             made,
             resume=request.resume,
@@ -346,7 +367,7 @@ def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
     places = [folder_of_part(folder, one.part) for folder, one in request.outputs]
-    begun = [place for place in places if (place / JOURNAL).exists()]
+    begun = [place for place in places if (place / JOURNAL).exists() or (request.ray and begun_in_parts(place))]
     if not begun:
         return "stopped: nothing was written"
     verb = "keeps" if len(begun) == 1 else "keep"
