@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,7 +298,10 @@ def _execute(request: Request, made: Sequence[Plan], interruption: Interruption)
         if request.ray:
             from lox_stream.on_ray import execute_on_ray
 
-            return execute_on_ray(made, request.ray, resume=request.resume, progress=show, cancel=interruption.cancel)
+            with redirect_stdout(sys.stderr):  # where Ray tells of a node that died
+                return execute_on_ray(
+                    made, request.ray, resume=request.resume, progress=show, cancel=interruption.cancel
+                )
         return execute_all(
             made,
             resume=request.resume,

@@ -102,12 +102,12 @@ def journaled(out: Path) -> set[str]:
     return {name for state in states if state is not None for name in state.finished}
 
 
-def disturbed(out: Path, enough: int, disturb) -> tuple[threading.Thread, set[str]]:
-    """Waits for so many finished tensors, then calls `disturb()`; the names that were in journals before."""
+def disturbed(out: Path, disturb) -> tuple[threading.Thread, set[str]]:
+    """Waits for tensors that journals call finished, then calls `disturb()`; the names that were there before."""
     before: set[str] = set()
 
     def wait() -> None:
-        until(lambda: len(slow_ray.made(out.parent)) >= enough)
+        until(lambda: len(journaled(out)) >= 6)
         before.update(journaled(out))
         disturb()
 
@@ -158,7 +158,7 @@ def test_nodes_that_are_killed_cost_what_they_had_in_hand(count, cluster, pair, 
         for node in nodes:
             cluster.remove_node(node, allow_graceful=False)
 
-    thread, kept = disturbed(out, 9, kill)
+    thread, kept = disturbed(out, kill)
     try:
         spread(pair, out, cluster.address)
     finally:
@@ -166,16 +166,16 @@ def test_nodes_that_are_killed_cost_what_they_had_in_hand(count, cluster, pair, 
         for _ in nodes:
             cluster.add_node(**NODE)
     assert outputs(out) == right
-    require_little_lost(out, kept, 3 * count)
+    require_little_lost(out, kept, 4 * count)
 
 
 def test_a_process_that_is_killed_costs_what_it_had_in_hand(cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
-    thread, kept = disturbed(out, 8, lambda: os.kill(slow_ray.made(tmp_path)[-1][0], signal.SIGKILL))
+    thread, kept = disturbed(out, lambda: os.kill(slow_ray.made(tmp_path)[-1][0], signal.SIGKILL))
     spread(pair, out, cluster.address)
     thread.join()
     assert outputs(out) == right
-    require_little_lost(out, kept, 3)
+    require_little_lost(out, kept, 4)
 
 
 def test_what_is_wrong_is_said_once_and_not_tried_again(cluster, pair, right, tmp_path):
@@ -191,7 +191,7 @@ def test_what_is_wrong_is_said_once_and_not_tried_again(cluster, pair, right, tm
     out = tmp_path / "out"
     ran = lox("run", *given((pair[0], broken), out), "--ray", cluster.address)
     assert ran.exit_code == 1
-    assert ran.stderr.count("error: ") == ran.stderr.count(name) == 1, ran.stderr
+    assert ran.stderr.count("error: ") == ran.stderr.count(f"{name}: aligned has nan") == 1, ran.stderr
     assert "Traceback" not in ran.stderr
     (part,) = (place for place in out.iterdir() if (place / f"{file.name}.partial").exists())
     assert len(replay(part).sessions) == 1
@@ -199,10 +199,10 @@ def test_what_is_wrong_is_said_once_and_not_tried_again(cluster, pair, right, tm
     assert ran.exit_code == 0, ran.output
 
 
-def test_a_driver_that_is_killed_is_gone_on_with(cluster, pair, right, tmp_path):
+def test_a_driver_that_is_killed_is_gone_on_with(cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
     driver = start(pair, out, "--ray", cluster.address)
-    until(lambda: len(slow_ray.made(tmp_path)) >= 6)
+    until(lambda: len(journaled(out)) >= 4)
     driver.kill()
     driver.wait()
     kept = journaled(out)
@@ -215,13 +215,13 @@ def test_a_driver_that_is_killed_is_gone_on_with(cluster, pair, right, tmp_path)
     ran = lox("run", *given(pair, out), "--ray", cluster.address, "--resume")
     assert ran.exit_code == 0, ran.output
     assert outputs(out) == right
-    assert not kept & {name for _, name in slow_ray.made(tmp_path)[len(kept) + 9 :]}
+    require_little_lost(out, kept, 5)
 
 
 def test_a_signal_ends_a_cluster_of_its_own_and_another_number_of_nodes_goes_on(cluster, pair, right, tmp_path):
     out = tmp_path / "out"
     driver = start(pair, out, "--ray", "--threads", "1")
-    until(lambda: len(slow_ray.made(tmp_path)) >= 4)
+    until(lambda: len(journaled(out)) >= 2)
     started = time.monotonic()
     driver.send_signal(signal.SIGTERM)
     _, said = driver.communicate(timeout=SOON_S)

@@ -21,7 +21,10 @@ carry_out = on_ray.carry_out
 
 def slowly(wholes, part, board):
     """A task: `carry_out`, slowly."""
+    from lox_stream import committer
     from lox_stream.writer import Output
+
+    committer.BATCH_S = PAUSE_S
 
     log, done = wholes[0].out.parent / "made.log", getattr(Output, "really_done", Output.done)
 
