@@ -21,6 +21,7 @@ from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL, MANIFEST, foreign_weights, is_finished, output_names
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.repairing import facts_of, require_sealed
+from lox_stream.resuming import MAY_CHANGE
 from lox_stream.sampling import check_inputs, options_of
 from lox_stream.sharing import FOLDER, folder_of_part
 
@@ -55,7 +56,7 @@ def finish(
             return _swept(folder, parts)
         said = {number: _manifest(parts[number]) for number in parts}
         first = said[1]
-        told = options_of(folder, first["options"])
+        told = _told(folder, said)
         options = replace(told, part="", memory_bytes=machine.memory_bytes, threads=machine.threads)
         base = _there("base", base, first["inputs"]["base"]["path"])
         aligned = _there("aligned", aligned, first["inputs"]["aligned"]["path"])
@@ -157,13 +158,20 @@ def _manifest(part: Path) -> dict[str, Any]:
     return read_manifest(part)
 
 
+def _told(folder: Path, said: Mapping[int, Mapping[str, Any]]) -> Options:
+    """What part 1 was told, but for what a resumed part may have been told anew."""
+    all_told = [options_of(folder, said[number]["options"]) for number in sorted(said)]
+    copying = any(told.on_nonfinite == "copy" for told in all_told)
+    return replace(all_told[0], on_nonfinite="copy" if copying else all_told[0].on_nonfinite)
+
+
 def _require_one_run(folder: Path, said: Mapping[int, Mapping[str, Any]], made: Plan) -> None:
     """All parts were told the same, and read the inputs that are read now."""
     wanted = byte_options(made.options)
     for number, found in said.items():
         told = options_of(folder, found["options"])
         has = byte_options(replace(told, part=""))
-        other = [name for name in wanted if has[name] != wanted[name]]
+        other = [name for name in wanted if has[name] != wanted[name] and (name, has[name]) != MAY_CHANGE]
         if told.part != f"{number}/{len(said)}" or other:
             what = ", ".join(f"{name} is {shown(has[name])} and {shown(wanted[name])}" for name in other) or "its part"
             raise OutputError(

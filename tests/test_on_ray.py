@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 import slow_ray
 import torch
 from click.testing import CliRunner
@@ -30,6 +33,10 @@ from lox_stream.synthetic import llama_shapes, write_pair
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 COUNT = 5  # files of the output
 SOON_S = 60.0
+pytestmark = [  # files and processes of nodes that were killed, which Ray does not close
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +54,18 @@ def right(pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Three nodes, of which the first stays."""
+    """Three nodes, of which the first stays, and a connection for all tests, so that processes are warm."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         found = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
         for _ in range(2):
             found.add_node(**NODE)
+        ray.init(found.address, log_to_driver=False, logging_level=logging.ERROR)
         yield found
+        ray.shutdown()
         found.shutdown()
+        del found
+        gc.collect()
 
 
 @pytest.fixture
@@ -385,7 +396,8 @@ def test_a_part_takes_the_largest_node_or_its_share_of_one_with_gpus():
     assert on_ray._threads(nodes, Options(threads=3), 0) == 3
 
 
-def test_a_cluster_that_is_not_there_is_an_error(pair, tmp_path):
+def test_a_cluster_that_is_not_there_is_an_error(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     ran = lox("run", *given(pair, tmp_path / "out"), "--ray", "127.0.0.1:1")
     assert ran.exit_code == 1
     assert "--ray 127.0.0.1:1: no Ray cluster can be reached there" in ran.stderr

@@ -21,12 +21,12 @@ carry_out = on_ray.carry_out
 
 def slowly(wholes, part, board):
     """A task: `carry_out`, slowly."""
+    from unittest import mock
+
     from lox_stream import committer
     from lox_stream.writer import Output
 
-    committer.BATCH_S = PAUSE_S
-
-    log, done = wholes[0].out.parent / "made.log", getattr(Output, "really_done", Output.done)
+    log, done = wholes[0].out.parent / "made.log", Output.done
 
     def noted(self, facts):
         done(self, facts)
@@ -34,8 +34,8 @@ def slowly(wholes, part, board):
             file.write(f"{os.getpid()} {facts.name}\n")
         time.sleep(PAUSE_S)
 
-    Output.really_done, Output.done = done, noted
-    return carry_out(wholes, part, board)
+    with mock.patch.object(committer, "BATCH_S", PAUSE_S), mock.patch.object(Output, "done", noted):
+        return carry_out(wholes, part, board)
 
 
 def dying(wholes, part, board):
