@@ -87,9 +87,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(BIN)/python $(PIP) install -c constraints.txt --editable .
 	@touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready
+$(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@echo "make: installing the tools for tests and checks"
-	@$(BIN)/python $(PIP) install -c constraints.txt $$($(BIN)/python -c '$(DEV)')
+	@$(BIN)/python $(PIP) install -c constraints.txt -c tests/ray-constraints.txt $$($(BIN)/python -c '$(DEV)')
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml

@@ -4,6 +4,13 @@
     python benchmarks/giants.py llama-3.1-70b /tmp/70b       /tmp/70b/base and /tmp/70b/aligned, 141 GB each to the eye
     lox-stream run --base /tmp/70b/base --aligned /tmp/70b/aligned --out /tmp/70b/out --dry-run
 
+    python benchmarks/giants.py llama-3.1-405b /tmp/405b --nodes 1,8,64 --assume disk=7GB/s,cores=64
+
+With --nodes it also says what `run --ray` would take on so many machines, by the cost model of --dry-run --assume: each
+file of the output is a part, a node carries out one at a time and has the assumed disk to itself, and a free node takes
+the largest part that is left. A part takes what its disk or its cores take, whichever is longer; the start of the
+processes and the publishing are not in it.
+
 A header is real, what follows it is a hole: a file system that knows holes stores some kilobytes. Shards are cut as
 `save_pretrained` cuts them: in the order of the tensors, a new one where 5 GB (Qwen: 4 GB) would be passed. DeepSeek-V3
 is published in FP8; here it is in bf16, as its own script converts it.
@@ -12,11 +19,17 @@ is published in FP8; here it is in bf16, as its own script converts it.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lox_stream.options import Options
+from lox_stream.predicting import Machine, parse_machine, predict
+from lox_stream.showing import time_text
+from lox_stream.spreading import part_of, parts_of, plan_spread
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 SHARD_BYTES = 5_000_000_000
@@ -160,10 +173,24 @@ def write(folder: Path, shards: list[dict[str, tuple[int, ...]]]) -> None:
     (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False, "torch_dtype": "bfloat16"}))
 
 
+def spread(folder: Path, nodes: list[int], machine: Machine) -> Iterator[tuple[int, float, int]]:
+    """For each number of nodes the predicted seconds of a run, and the parts of the node that has most."""
+    (whole,) = plan_spread(folder / "base", folder / "aligned", [(folder / "out", Options())], dry=True)
+    times = [predict(part_of(whole, part), machine).elapsed_s or 0.0 for part in parts_of([whole])]
+    for count in nodes:
+        free = [(0.0, 0)] * count
+        for took in sorted(times, reverse=True):
+            at, parts = heapq.heappop(free)
+            heapq.heappush(free, (at + took, parts + 1))
+        yield count, max(free)[0], max(parts for _, parts in free)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path, help="gets base and aligned")
+    parser.add_argument("--nodes", default="", help="also predict a run on so many nodes, such as 1,8,64")
+    parser.add_argument("--assume", default="disk=7GB/s,cores=64", help="of a node (default: %(default)s)")
     args = parser.parse_args(argv)
     shapes, most = MODELS[args.model]
     shards = shards_of(shapes(), most)
@@ -172,6 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(map(len, shards))
     total = sum(size_of(name, shape) for shard in shards for name, shape in shard.items())
     print(f"{args.model}: {count} tensors, {total:,} bytes in {len(shards)} shards, twice in {args.folder}")
+    nodes = [int(word) for word in args.nodes.split(",") if word]
+    for number, seconds, parts in spread(args.folder, nodes, parse_machine(args.assume)) if nodes else ():
+        print(f"{number} nodes, each with {args.assume}: {time_text(seconds)}, {parts} parts at most on one")
     return 0
 
 

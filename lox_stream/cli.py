@@ -145,6 +145,15 @@ def commands() -> None:
     ),
     option(
         FILES,
+        "--ray",
+        is_flag=False,
+        flag_value="local",
+        metavar="[ADDRESS]",
+        show_default="off",
+        help="Spread the files over the nodes of a Ray cluster: auto, HOST:PORT; this machine without an address.",
+    ),
+    option(
+        FILES,
         "--push-to",
         metavar="ORG/NAME",
         help="Also upload the result to the hub, as a private model, in one commit.",
@@ -178,6 +187,7 @@ def _run(
     out: str,
     save_factors: Path | None,
     push_to: str | None,
+    ray: str | None,
     **given: Any,
 ) -> int:
     """Write the extrapolated model to a new folder.
@@ -198,7 +208,7 @@ def _run(
         )
     options = replace(options, form="weights", factor_dtype=DEFAULTS.factor_dtype)  # a recipe may be an adapter's
     outputs = outputs_of(out, alphas, save_factors, options)
-    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags), push_to)
+    return carry_out(request_for(ctx.obj, base, aligned, outputs, flags | {"ray": ray or ""}), push_to)
 
 
 @commands.command("adapter")

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,10 @@ from lox_stream.planning import Plan, plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
 from lox_stream.reaching import Reached, as_given, lies_elsewhere, named, reach, require_place
 from lox_stream.scratch_disk import Scratch, scratch_at
-from lox_stream.sharing import folder_of_part
+from lox_stream.sharing import begun_in_parts, folder_of_part
 from lox_stream.showing import counted
 from lox_stream.signals import Interruption
+from lox_stream.spreading import plan_spread
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
@@ -57,6 +58,7 @@ class Request:
     scratch_size: int  # bytes; 0: as it says
     typed: tuple[str, ...]  # the command's arguments, `run` included
     merging: bool  # aligned is an adapter, and nothing else is
+    ray: str = ""  # the address of a Ray cluster, "local" for one of this machine; "": without
 
 
 def request_for(
@@ -147,6 +149,7 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
         raise OptionError(
             "--repair and --dry-run are both given, expected one: `lox-stream verify` says what is damaged"
         )
+    _check_ray(request)
     machine = parse_machine(request.assume)
     _require_sensible_places(request, push_to)
     with Interruption(lambda: _stopped(request)) as interruption, ExitStack() as stack:
@@ -157,7 +160,7 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
             require_adapter(request.aligned)
             require_model(request.base)
         made = [as_given(one, reached) for one in _plans(request)]
-        if not request.dry_run:
+        if not (request.dry_run or request.ray):  # of a cluster each node settles for itself
             from lox_stream.device import settled
 
             made = [settled(one) for one in made]
@@ -217,10 +220,29 @@ def _require_sensible_places(request: Request, push_to: str | None) -> None:
         raise OptionError("--push-to is given for an output in a bucket, expected one in a folder. Leave one out")
 
 
+def _check_ray(request: Request) -> None:
+    """Raise OptionError for what cannot be done on a cluster."""
+    refused = {
+        "--overwrite": (request.overwrite, "Remove the earlier output, or choose another --out"),
+        "--repair": (request.repair, "Repair on one machine: the finished output, or a part with --part I/N"),
+        "--dry-run with --resume": (request.dry_run and request.resume, "What is left to do is told by the run"),
+    }
+    elsewhere = [path for path in (request.base, request.aligned, request.outputs[0][0]) if address_of(path)]
+    refused |= {
+        "an address": (bool(elsewhere), "The nodes read and write folders that all of them see"),
+        "--scratch": (request.scratch is not None, "The nodes read folders that all of them see"),
+    }
+    for option, (given, way_out) in refused.items():
+        if request.ray and given:
+            raise OptionError(f"--ray and {option} are both given, expected one. {way_out}")
+
+
 def _plans(request: Request) -> list[Plan]:
     if address_of(request.outputs[0][0]):
         made = [plan(request.base, request.aligned, options=one, dry=request.dry_run) for _, one in request.outputs]
         return [replace(one, out=out) for one, (out, _) in zip(made, request.outputs, strict=True)]
+    if request.ray:
+        return plan_spread(request.base, request.aligned, request.outputs, resume=request.resume, dry=request.dry_run)
     return plan_all(
         request.base,
         request.aligned,
@@ -310,6 +332,13 @@ def _execute(
             places = [out for out, _ in request.outputs]
             ways = {"resume": request.resume, "overwrite": request.overwrite}
             return ship(made, places, scratch, **ways, progress=show, cancel=interruption.cancel)
+        if request.ray:
+            from lox_stream.on_ray import execute_on_ray
+
+            with redirect_stdout(sys.stderr):  # where Ray tells of a node that died
+                return execute_on_ray(
+                    made, request.ray, resume=request.resume, progress=show, cancel=interruption.cancel
+                )
         return execute_all(
             made,
             resume=request.resume,
@@ -379,7 +408,11 @@ def _stopped(request: Request) -> str:
     """What a stopped run leaves, and the command that goes on."""
     command = going_on(request.typed)
     places = [folder_of_part(folder, one.part) for folder, one in request.outputs]
-    begun = [place_name(place) for place in places if address_of(place) or (place / JOURNAL).exists()]
+    begun = [
+        place_name(place)
+        for place in places
+        if address_of(place) or (place / JOURNAL).exists() or (request.ray and begun_in_parts(place))
+    ]
     if not begun:
         return "stopped: nothing was written"
     verb = "keeps" if len(begun) == 1 else "keep"

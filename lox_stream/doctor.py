@@ -24,6 +24,7 @@ EXTRAS = {
     "peft": ("adapters in PEFT", ("peft", "transformers")),
     "mergekit": ("lox-mergekit", ("mergekit",)),
     "gguf": ("GGUF files", ("gguf",)),
+    "ray": ("run --ray", ("ray",)),
     "bench": ("all solvers of bench", ("scipy", "scikit-learn", "matplotlib", "plotext")),
     "gpu": ("kernels on a GPU", ("triton",)),
 }

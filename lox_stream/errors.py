@@ -31,6 +31,10 @@ class OutputError(LoxError):
     """The output folder cannot be used or written: not empty, locked, full, not permitted."""
 
 
+class InUseError(OutputError):
+    """Another process writes to the folder."""
+
+
 class ResumeError(OutputError):
     """The folder holds the state of a run with other inputs or options."""
 

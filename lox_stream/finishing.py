@@ -12,7 +12,7 @@ from typing import Any
 from lox_stream import files
 from lox_stream.api import Progress, Summary, execute
 from lox_stream.device import settled
-from lox_stream.errors import CheckpointError, OutputError
+from lox_stream.errors import CheckpointError, InUseError, OutputError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import Journal, Replay, byte_options, identity, session
 from lox_stream.manifest import PACKAGES, read_manifest, totals
@@ -21,6 +21,7 @@ from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL, MANIFEST, foreign_weights, is_finished, output_names
 from lox_stream.planning import DEFAULTS, Plan, plan
 from lox_stream.repairing import facts_of, require_sealed
+from lox_stream.resuming import MAY_CHANGE
 from lox_stream.sampling import check_inputs, options_of
 from lox_stream.sharing import FOLDER, folder_of_part
 
@@ -33,6 +34,7 @@ def finish(
     base: str | Path | None = None,
     aligned: str | Path | None = None,
     machine: Options = DEFAULTS,
+    trusting: bool = False,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Summary:
@@ -40,7 +42,8 @@ def finish(
 
     All parts have to be there, finished, and of one run. `base` and `aligned` are where the first part had them, unless
     they are given. Every byte is read once and held against its checksum; a tensor that is damaged is made again, with
-    the memory and threads of `machine`. A crash leaves a state that the same call goes on with.
+    the memory and threads of `machine`. `trusting`: the parts are taken as they were written and synced, as a run takes
+    what it has written itself, and are not read. A crash leaves a state that the same call goes on with.
 
     Raises OutputError for parts that are missing or do not agree, and what `plan` and `execute` raise.
     """
@@ -53,7 +56,7 @@ def finish(
             return _swept(folder, parts)
         said = {number: _manifest(parts[number]) for number in parts}
         first = said[1]
-        told = options_of(folder, first["options"])
+        told = _told(folder, said)
         options = replace(told, part="", memory_bytes=machine.memory_bytes, threads=machine.threads)
         base = _there("base", base, first["inputs"]["base"]["path"])
         aligned = _there("aligned", aligned, first["inputs"]["aligned"]["path"])
@@ -64,7 +67,7 @@ def finish(
         lost = [name for name in made.written.tensors if name not in facts]
         if lost:
             raise OutputError(f"{printable(folder)}: no part has {listing(lost)}, expected each tensor in one. {AGAIN}")
-        _move(parts, replace(made, out=folder), facts)
+        _move(parts, replace(made, out=folder), facts, trusting=trusting)
         going_on = plan(base, aligned, folder, options=options, resume=True)
         summary = execute(going_on, resume=True, progress=progress, cancel=cancel)
         left = [warning for place in parts.values() for warning in _remove(place)]
@@ -77,7 +80,7 @@ def _lock(part: Path, stack: contextlib.ExitStack) -> None:
         try:
             fd, _ = files.lock_folder(part)
         except BlockingIOError:
-            raise OutputError(
+            raise InUseError(
                 f"{printable(part)}: is being written, or put together with others, by another process. Wait for it"
             ) from None
         stack.callback(files.close, fd)
@@ -155,13 +158,20 @@ def _manifest(part: Path) -> dict[str, Any]:
     return read_manifest(part)
 
 
+def _told(folder: Path, said: Mapping[int, Mapping[str, Any]]) -> Options:
+    """What part 1 was told, but for what a resumed part may have been told anew."""
+    all_told = [options_of(folder, said[number]["options"]) for number in sorted(said)]
+    copying = any(told.on_nonfinite == "copy" for told in all_told)
+    return replace(all_told[0], on_nonfinite="copy" if copying else all_told[0].on_nonfinite)
+
+
 def _require_one_run(folder: Path, said: Mapping[int, Mapping[str, Any]], made: Plan) -> None:
     """All parts were told the same, and read the inputs that are read now."""
     wanted = byte_options(made.options)
     for number, found in said.items():
         told = options_of(folder, found["options"])
         has = byte_options(replace(told, part=""))
-        other = [name for name in wanted if has[name] != wanted[name]]
+        other = [name for name in wanted if has[name] != wanted[name] and (name, has[name]) != MAY_CHANGE]
         if told.part != f"{number}/{len(said)}" or other:
             what = ", ".join(f"{name} is {shown(has[name])} and {shown(wanted[name])}" for name in other) or "its part"
             raise OutputError(
@@ -178,14 +188,17 @@ def _other_versions(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return [f"the parts were made by several versions ({', '.join(PACKAGES)}): {sorted(found)}: last bits may differ"]
 
 
-def _move(parts: Mapping[int, Path], made: Plan, facts: Mapping[str, TensorFacts]) -> None:
-    """A journal that calls all tensors finished, and then the files where it looks for them."""
+def _move(parts: Mapping[int, Path], made: Plan, facts: Mapping[str, TensorFacts], *, trusting: bool) -> None:
+    """A journal that calls all tensors finished, and then the files where it looks for them.
+
+    Under its final name it reads a file before it believes it, and under that of a file in work it does not.
+    """
     assert made.out is not None, "it is the folder of the parts"
     with files.explained(made.out, "put the parts together", "Mend that, and call `lox-stream finish` again."):
         if not (made.out / JOURNAL).exists():
             Journal(made.out, Replay(identity(made), (session(),), dict(facts))).close()
         for shard in made.written.shards:
-            target = made.out / shard.name
+            target = files.partial(made.out / shard.name) if trusting else made.out / shard.name
             source = next((place / shard.name for place in parts.values() if (place / shard.name).exists()), None)
             if source is not None:
                 files.make_folder(target.parent)

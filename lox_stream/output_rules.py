@@ -218,7 +218,8 @@ def _not_empty(out: Path, held: Iterable[str]) -> str:
     elif any(name.startswith("part-") for name in held):
         return (
             f"{shown}: holds parts of a run: found {listing(held)}; expected an empty folder or none. Go on with them "
-            "by --part I/N, put them together by `lox-stream finish`, or choose another --out"
+            "as they were begun (--part I/N, or --ray with --resume), put them together by `lox-stream finish`, or "
+            "choose another --out"
         )
     return (
         f"{shown}: {what}: found {listing(held)}; expected an empty folder or none. Go on with an unfinished run by "

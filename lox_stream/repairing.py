@@ -63,18 +63,18 @@ def survey(plan: Plan, seen: Seen = lambda check: None) -> Survey:
     return Survey(now, whole, tuple(damaged), sums, complete, tuple(warnings))
 
 
-def finished_before(plan: Plan) -> dict[str, TensorFacts] | None:
+def finished_before(plan: Plan, own: Mapping[str, Any] | None = None) -> dict[str, TensorFacts] | None:
     """The facts of an output that an earlier session of the same run finished; None where there is none.
 
-    What lies there is not read. Raises ResumeError for the output of another run, OutputError for a manifest that was
-    changed.
+    What lies there is not read. `own` is the identity of `plan`, where it is known already. Raises ResumeError for the
+    output of another run, OutputError for a manifest that was changed.
     """
     assert plan.out is not None, "a plan that writes has a folder"
     if not is_finished(plan.out):
         return None
     _seal(plan.out)
     state = _state_of(plan, read_manifest(plan.out))
-    agreed(plan, state.header)
+    agreed(plan, state.header, own)
     return dict(state.finished)
 
 

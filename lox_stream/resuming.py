@@ -39,16 +39,19 @@ class Survey:
     warnings: tuple[str, ...] = ()
 
 
-def resumable(plan: Plan) -> tuple[Replay | None, list[str]]:
-    """What the journal in the output folder says, or None, and warnings; ResumeError if it is of another run."""
+def resumable(plan: Plan, own: Mapping[str, Any] | None = None) -> tuple[Replay | None, list[str]]:
+    """What the journal in the output folder says, or None, and warnings; ResumeError if it is of another run.
+
+    `own` is the identity of `plan`, where it is known already.
+    """
     assert plan.out is not None, "a plan that writes has a folder"
     state = replay(plan.out)
-    return (None, []) if state is None else (state, agreed(plan, state.header))
+    return (None, []) if state is None else (state, agreed(plan, state.header, own))
 
 
-def agreed(plan: Plan, began: Mapping[str, Any]) -> list[str]:
+def agreed(plan: Plan, began: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> list[str]:
     """Warnings of a plan that is to go on with what has the identity `began`; ResumeError if that is another run."""
-    refused, warned = differences(began, identity(plan))
+    refused, warned = differences(began, own or identity(plan))
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)
         raise ResumeError(

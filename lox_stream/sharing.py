@@ -59,7 +59,7 @@ def own_share(written: Checkpoint, steps: Sequence[Step], part: str) -> tuple[Ch
 
 
 def most_parts(written: Checkpoint, steps: Sequence[Step]) -> int:
-    """How many parts there can be."""
+    """Into how many parts the output can be taken apart with none of them empty."""
     return len(_together(written, steps))
 
 
@@ -104,11 +104,25 @@ def place_problems(out: Path, part: str) -> list[str]:
             f"{printable(out)}: holds an output or a run of the whole, perhaps of parts that were put together; "
             "expected nothing but parts. It is done, or choose another --out"
         ]
+    return count_problems(out, count, f"--part is {part}")
+
+
+def count_problems(out: Path, count: int, asked: str) -> list[str]:
+    """That a folder holds parts of another number than is asked for."""
+    others = {int(found[2]) for found in _parts_in(out)} - {count}
+    if not others:
+        return []
+    return [
+        f"{printable(out)}: holds parts of {', '.join(map(str, sorted(others)))}, and {asked}; expected one number of "
+        "parts. Choose another --out"
+    ]
+
+
+def begun_in_parts(out: Path) -> bool:
+    """Whether a folder holds parts of a run."""
+    return bool(_parts_in(out))
+
+
+def _parts_in(out: Path) -> list[re.Match[str]]:
     places = [path.name for path in out.glob("part-*")] if out.is_dir() else []
-    others = {found[2] for name in places if (found := FOLDER.fullmatch(name))} - {str(count)}
-    if others:
-        return [
-            f"{printable(out)}: holds parts of {', '.join(sorted(others))}, and --part is {part}; expected one number "
-            "of parts. Choose another --out"
-        ]
-    return []
+    return [found for name in places if (found := FOLDER.fullmatch(name))]

@@ -16,7 +16,7 @@ from typing import Any, Self
 from lox_stream import files
 from lox_stream.checkpoint import Shard, companion_path, index_names
 from lox_stream.committer import Committer
-from lox_stream.errors import Cancelled, OutputError, ResumeError
+from lox_stream.errors import Cancelled, InUseError, OutputError, ResumeError
 from lox_stream.facts import Documents, TensorFacts
 from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, identity, replay, session
@@ -100,7 +100,7 @@ class Output:
         try:
             fd, locked = files.lock_folder(self.folder)
         except BlockingIOError:
-            raise OutputError(f"{self.folder}: {self._owner()}. Wait for it, or choose another --out") from None
+            raise InUseError(f"{self.folder}: {self._owner()}. Wait for it, or choose another --out") from None
         stack.callback(files.close, fd)
         if not locked:
             self.warnings.append(f"{self.folder}: this file system has no locks: let only one run write here")

@@ -251,3 +251,12 @@ def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     assert layer[-1][0] == "80 layers"
     assert len(runs) == 2
     assert all(float(row[3].split("updates ")[1].split("%")[0]) > 10 for row in runs), "all went over the card"
+
+
+def test_the_benchmark_of_ray_holds_the_output_against_that_of_one_machine():
+    ran = smoke("bench_ray.py", "--rate", "1e6", "--files", "4")
+    assert ran.returncode == 0, ran.stderr
+    figures = last_line(ran.stdout)
+    assert figures["benchmark"] == "bench_ray"
+    assert figures["efficiency"]["1"] == 1.0
+    assert figures["run_s"]["1"] >= figures["moved_bytes"] / 1e6

@@ -197,3 +197,14 @@ def test_a_machine_is_read_as_people_write_it():
     machine = parse_machine(" disk=7GB/s, pcie=25GiB/s ,cores=2.5,passes=20")
     assert machine == Machine(disk=7e9, pcie=25 * 2**30, cores=2.5, passes=20)
     assert parse_machine("") == Machine()
+
+
+def test_nodes_share_the_files_of_a_giant(giants, tmp_path, capsys):
+    words = ["llama-3.1-405b", str(tmp_path), "--nodes", "1,8,64", "--assume", "disk=7GB/s,cores=64"]
+    assert giants.main(words) == 0
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == [
+        "1 nodes, each with disk=7GB/s,cores=64: 5 min 48 s, 191 parts at most on one",
+        "8 nodes, each with disk=7GB/s,cores=64: 43.7 s, 24 parts at most on one",
+        "64 nodes, each with disk=7GB/s,cores=64: 5.5 s, 3 parts at most on one",
+    ]
