@@ -38,7 +38,7 @@ RUN_OPTIONS = (
     ),
     "--repair",
     *("--assume", "--gpu-memory", "--kernels", "--rename", "--on-missing", "--on-shape-mismatch"),
-    *("--recipe", "--split-fused", "--save-factors", "--push-to", "--part"),
+    *("--recipe", "--split-fused", "--save-factors", "--push-to", "--part", "--ray"),
     *("--json", "--quiet"),
 )
 HEAVY = ("torch", "numpy", "safetensors", "rich")
