@@ -1,6 +1,6 @@
 """Models in buckets and on web servers, by obstore: files listed, read in ranges, and uploaded whole.
 
-obstore and not fsspec: benchmarks/bench_cloud.py measures both.
+obstore and not fsspec: benchmarks/results/cloud.md says why.
 """
 
 from __future__ import annotations
