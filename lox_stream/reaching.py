@@ -13,6 +13,7 @@ from lox_stream.names import address_of, place_name, printable
 from lox_stream.objects import files_at
 from lox_stream.options import Options
 from lox_stream.planning import Plan
+from lox_stream.remote import require_safetensors
 from lox_stream.scratch_disk import Scratch
 
 
@@ -41,6 +42,7 @@ def reach(base: str | Path, aligned: str | Path, scratch: Scratch | None, *, dry
             folders.append(local(path))
         else:
             found = files_at(address_of(path)) if address_of(path) else files_of(path)
+            require_safetensors(found, place_name(path))
             folder = scratch.lay_out(side, found, dry=dry)
             only = found[0].name if address_of(path).endswith(".safetensors") else ""
             folders.append(folder / only)

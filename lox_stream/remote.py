@@ -16,7 +16,7 @@ from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lox_stream.errors import CheckpointError
 from lox_stream.journal import sample_starts
 from lox_stream.layout import is_index
-from lox_stream.names import is_plain_relative, printable
+from lox_stream.names import is_plain_relative, listing, printable
 from lox_stream.shards import MAX_HEADER_BYTES
 
 FIRST_BYTES = 1 << 16  # of a file of weights: most headers end within
@@ -92,6 +92,19 @@ def _of_torch(name: str) -> bool:
     return (name.endswith(".bin") and name not in ADAPTER_WEIGHTS) or (is_index(name) and ".bin." in name)
 
 
+def require_safetensors(found: list[RemoteFile], address: str) -> None:
+    """Raise CheckpointError for a model whose weights cannot be fetched shard by shard."""
+    names = {file.name for file in found}
+    others = sorted(name for name in names if _of_torch(name))
+    if others and not any(map(is_weights, names)):
+        raise CheckpointError(
+            [
+                f"{printable(address)}: its weights are in {listing(others)}, expected *.safetensors for what passes "
+                "through a scratch. Download it, or convert it first"
+            ]
+        )
+
+
 def tells_by_headers(found: list[RemoteFile]) -> bool:
     """Whether a plan can be made of headers: weights in safetensors, and no adapter."""
     names = {file.name for file in found}
@@ -113,7 +126,7 @@ def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
             for start, n_bytes in starts:
                 if start + n_bytes > len(header):
                     files.write_at(fd, file.read(start, start + n_bytes), start)
-        elif not dry or (path.suffix == ".json" and file.size <= SMALL_BYTES):
+        elif not dry or path.name in ADAPTER_WEIGHTS or (path.suffix == ".json" and file.size <= SMALL_BYTES):
             for start in range(0, file.size, PIECE_BYTES):
                 files.write_at(fd, file.read(start, min(start + PIECE_BYTES, file.size)), start)
         if is_weights(file.name):

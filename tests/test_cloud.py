@@ -250,6 +250,17 @@ def test_an_adapter_goes_to_a_bucket_and_comes_back(proxy, client, right, pair, 
     assert ran.returncode == 0, ran.stderr
     found = files(tmp_path / "out")
     assert all(found[name] == data for name, data in right.items() if name.endswith(".safetensors"))
+    seen = lox(tmp_path, proxy.url, *words[:-1], "new", "--dry-run", "--json")
+    assert seen.returncode == 0, seen.stderr
+    assert json.loads(seen.stdout)["aligned"] == "s3://models/out-adapter"
+
+
+def test_weights_of_torch_are_refused_before_they_are_fetched(proxy, client, tmp_path):
+    client.put_object(Bucket="models", Key="torch/pytorch_model.bin", Body=bytes(200_000))
+    ran = lox(tmp_path, proxy.url, "run", "--base", "s3://models/torch", *INPUTS[2:], "--out", "out")
+    assert ran.returncode == 1
+    assert "its weights are in pytorch_model.bin, expected *.safetensors" in ran.stderr.replace("\n", " ")
+    assert not any(n_bytes > 100_000 for _, _, n_bytes in proxy.log)
 
 
 def test_what_is_in_the_way_is_refused_and_replaced_on_request(proxy, client, right, tmp_path):
