@@ -175,6 +175,8 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
             summaries = _execute(request, made, interruption, scratch)
         except Cancelled:
             assert interruption.number is not None, "nobody else cancels"
+            if scratch is not None:
+                scratch.remove()
             interruption.leave(interruption.number)
     code = NOT_CONVERGED if any(summary.totals.not_converged for summary in summaries) else 0
     _show_summaries(request, made, summaries, code)
@@ -215,6 +217,11 @@ def _require_sensible_places(request: Request, push_to: str | None) -> None:
         raise OptionError(
             "--save-factors is given, and an address for --out or for itself; expected folders. Write the adapter by "
             "itself: lox-stream adapter"
+        )
+    if request.dry_run and request.resume:
+        raise OptionError(
+            "--dry-run and --resume are both given for an output in a bucket, expected one: what is left to do is told "
+            "by the run"
         )
     if push_to is not None:
         raise OptionError("--push-to is given for an output in a bucket, expected one in a folder. Leave one out")

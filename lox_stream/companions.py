@@ -17,7 +17,7 @@ _WEIGHTS = "bin|pt|pth|ckpt|h5|hdf5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|n
 _LEFTOVERS = "partial|incomplete|lock|tmp|pyc|swp"
 _LEFT_OUT = re.compile(rf".*\.({_WEIGHTS}|{_LEFTOVERS})(\.index\.json)?", re.IGNORECASE)
 _SAFETENSORS = re.compile(r".*\.safetensors(\.index(\.[\w-]+)?\.json)?", re.IGNORECASE)
-_CACHE_FOLDERS = re.compile(r"\..*|__pycache__|__MACOSX|wandb|lost\+found|(checkpoint|global_step)[-_]?\d+")
+CACHE_FOLDERS = re.compile(r"\..*|__pycache__|__MACOSX|wandb|lost\+found|(checkpoint|global_step)[-_]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def find_companions(folder: Path, weights: Collection[str]) -> Companions:
     for parent, folders, names in os.walk(folder, onerror=unlisted.append, followlinks=True):
         for name in sorted(folders):
             path = Path(parent, name)
-            if _CACHE_FOLDERS.fullmatch(name):
+            if CACHE_FOLDERS.fullmatch(name):
                 folders.remove(name)
             elif path.is_symlink() and not _may_follow(path, folder, inside):
                 folders.remove(name)

@@ -20,7 +20,7 @@ from typing import Any
 from lox_stream.errors import CheckpointError, LoxError, OutputError
 from lox_stream.journal import version
 from lox_stream.manifest import read_manifest
-from lox_stream.names import address_of, listing, printable
+from lox_stream.names import address_of, listing, printable, without_secrets
 from lox_stream.objects import files_at
 from lox_stream.output_rules import MANIFEST
 from lox_stream.remote import OTHERS, RemoteFile, first_line, lay_out, tells_by_headers, wanted
@@ -32,6 +32,7 @@ MISSING = (
 ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 OF_TORCH = ("*.bin", "*.bin.index*.json")
+TIMEOUT_S = 120.0  # for each part of an answer
 BUSY = (429, 500, 502, 503, 504)  # that a server answers which may have time later
 
 
@@ -59,7 +60,7 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
     """
     if address := address_of(name):
         found = files_at(address)
-    elif _library().constants.HF_HUB_OFFLINE:
+    elif is_offline():
         yield None
         return
     else:
@@ -70,6 +71,11 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
         for file in found if plain else []:
             lay_out(file, folder, dry=True)
         yield folder if plain else None
+
+
+def is_offline() -> bool:
+    """Whether the hub may not be asked (HF_HUB_OFFLINE)."""
+    return bool(_library().constants.HF_HUB_OFFLINE)
 
 
 def files_of(name: str | Path) -> list[RemoteFile]:
@@ -103,7 +109,7 @@ class _Remote:
         asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         headers = self.hub.utils.build_hf_headers() | asked
         answer = self.hub.utils.http_backoff(
-            "GET", self.url, headers=headers, retry_on_status_codes=BUSY, max_retries=5
+            "GET", self.url, headers=headers, timeout=TIMEOUT_S, retry_on_status_codes=BUSY, max_retries=5
         )
         self.hub.utils.hf_raise_for_status(answer)
         found = bytes(answer.content)
@@ -196,7 +202,7 @@ def local(path: str | Path) -> Path:
         problem = (
             "is an address, which `run`, `adapter`, `apply` and `inspect` read; expected a folder here. Copy it first"
         )
-        raise CheckpointError([f"{printable(address)}: {problem}"])
+        raise CheckpointError([f"{without_secrets(address)}: {problem}"])
     return downloaded(path) if is_hub_id(path) else Path(path)
 
 

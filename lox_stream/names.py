@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
-_ADDRESS = re.compile(r"(s3|https?):/+(.*)")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 
 
 def printable(name: str | PurePath) -> str:
@@ -52,7 +52,16 @@ def address_of(path: str | Path) -> str:
     ('s3://bucket/model', 'https://host/a/b', '')
     """
     found = _ADDRESS.fullmatch(str(path))
-    return f"{found[1]}://{found[2].rstrip('/')}" if found else ""
+    return f"{found[1].lower()}://{found[2].rstrip('/')}" if found else ""
+
+
+def without_secrets(address: str) -> str:
+    """An address without user, password, query and fragment.
+
+    >>> without_secrets("https://user:pw@host/a?key=1")
+    'https://host/a'
+    """
+    return printable(re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", address)))
 
 
 def place_name(path: str | Path) -> str:

@@ -13,14 +13,13 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lox_stream.adapters import CONFIG as ADAPTER
 from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lox_stream.companions import OWN_FILES
 from lox_stream.errors import CheckpointError, LoxError, OutputError
 from lox_stream.layout import INDEX_SUFFIX
-from lox_stream.names import printable
+from lox_stream.names import is_plain_relative, printable, without_secrets
 from lox_stream.remote import PIECE_BYTES, RemoteFile, first_line, wanted
 from lox_stream.shards import parse_json
 
@@ -57,20 +56,27 @@ class Place:
     def head(self, name: str) -> RemoteFile | None:
         """A file of it, None where there is none."""
         with self._explained(name):
+            library = _library()
+            absent: tuple[type[Exception], ...] = (FileNotFoundError,)
+            if not self.address.startswith("s3:"):  # open buckets, read by https, forbid what is not there
+                absent += (library.exceptions.PermissionDeniedError, library.exceptions.UnauthenticatedError)
             try:
-                return self._file(name, _library().head(self.store, name))
-            except FileNotFoundError:
+                return self._file(name, library.head(self.store, name))
+            except absent:
                 return None
 
     def files(self) -> list[RemoteFile]:
-        """All of them, in its folders too; of a bucket only."""
+        """All of them, in its folders too; of a bucket only. Without the empty objects that stand for folders."""
         with self._explained(""):
-            return [self._file(row["path"], row) for page in _library().list(self.store) for row in page]
+            rows = [row for page in _library().list(self.store) for row in page]
+        folders = {row["path"].rpartition("/")[0] for row in rows} | {""}
+        return [self._file(row["path"], row) for row in rows if row["size"] or row["path"] not in folders]
 
     def _file(self, name: str, meta: Any) -> RemoteFile:
         modified_ns = int(meta["last_modified"].timestamp()) * 10**9
         etag = (meta["e_tag"] or "").strip('"')
-        fetch = partial(self.read, name, tag=meta["e_tag"])
+        tag = meta["e_tag"]
+        fetch = partial(self.read, name, tag=None if tag and tag.startswith("W/") else tag)
         s3 = self.address.startswith("s3:")
         return RemoteFile(name, self.at(name), meta["size"], fetch, modified_ns, etag=etag if s3 else "")
 
@@ -150,22 +156,19 @@ def _part_bytes(n_bytes: int) -> int:
 
 def place_at(address: str) -> Place:
     """The folder at an address, which may not be there. Raises CheckpointError."""
-    parts = urlsplit(address)
-    if parts.username or parts.password or parts.query or parts.fragment or not parts.netloc:
-        expected = "s3://bucket/folder or https://host/folder"
-        raise CheckpointError([f"{_public(address)}: expected {expected}, without a password, '?' or '#' in it"])
-    if parts.scheme == "s3":
-        return Place(address, _bucket(address))
-    store = _library().store.from_url(
-        address, client_options=CLIENT | {"allow_http": parts.scheme == "http"}, retry_config=RETRIES
-    )
-    return Place(address, store)
-
-
-def _public(address: str) -> str:
-    """An address without what may be a secret."""
-    parts = urlsplit(address)
-    return printable(f"{parts.scheme}://{parts.hostname or ''}{parts.path}")
+    scheme, _, rest = address.partition("://")
+    strange = any(character in address for character in "@?#%\\") or not is_plain_relative(rest)
+    if scheme not in ("s3", "https", "http") or strange:
+        expected = "s3://bucket/folder or https://host/folder, of plain names, without a password, '?', '#' or '%'"
+        raise CheckpointError([f"{without_secrets(address)}: is no address that can be read; expected {expected}"])
+    library = _library()
+    try:
+        if scheme == "s3":
+            return Place(address, _bucket(address))
+        client = CLIENT | {"allow_http": scheme == "http"}
+        return Place(address, library.store.from_url(address, client_options=client, retry_config=RETRIES))
+    except (ValueError, library.exceptions.BaseError) as error:
+        raise CheckpointError([f"{printable(address)}: is no address: {first_line(error)} Correct it"]) from error
 
 
 def _bucket(address: str) -> Any:
@@ -185,12 +188,17 @@ def _bucket(address: str) -> Any:
 def _profile() -> dict[str, Any]:
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         return {}
-    session = boto3.Session()
-    if session.get_credentials() is None:
-        return {}
+    try:
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            return {}
+    except BotoCoreError as error:
+        problem = f"the profile of the AWS command cannot be used: {first_line(error)} Look at AWS_PROFILE"
+        raise CheckpointError([problem]) from error
     region = {"region": session.region_name} if session.region_name else {}
     return {"credential_provider": Boto3CredentialProvider(session), **region}
 
@@ -205,9 +213,11 @@ def files_at(address: str) -> list[RemoteFile]:
         files = wanted(place_at(address).files())
     else:
         files = wanted(_on_the_web(place_at(address)))
+    files = list({file.name: file for file in files}.values())
     if not files:
         expected = f"model.safetensors or model{INDEX_SUFFIX} there"
-        raise CheckpointError([f"{printable(address)}: nothing is there; expected {expected}. Check the address"])
+        problem = f"nothing is there, or nothing that may be read; expected {expected}. Check the address"
+        raise CheckpointError([f"{printable(address)}: {problem}"])
     return files
 
 

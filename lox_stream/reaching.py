@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lox_stream.errors import CheckpointError, LoxError, OptionError
-from lox_stream.hub import files_of, is_hub_id, local
-from lox_stream.names import address_of, place_name, printable
+from lox_stream.hub import files_of, is_hub_id, is_offline, local
+from lox_stream.names import address_of, place_name, without_secrets
 from lox_stream.objects import files_at
 from lox_stream.options import Options
 from lox_stream.planning import Plan
@@ -38,7 +38,7 @@ def reach(base: str | Path, aligned: str | Path, scratch: Scratch | None, *, dry
     """
     folders = []
     for side, path in (("base", base), ("aligned", aligned)):
-        if scratch is None or not lies_elsewhere(path):
+        if scratch is None or not lies_elsewhere(path) or (is_hub_id(path) and is_offline()):
             folders.append(local(path))
         else:
             found = files_at(address_of(path)) if address_of(path) else files_of(path)
@@ -55,7 +55,7 @@ def require_place(out: str | Path, options: Options, *, repair: bool) -> None:
     """Raise OptionError for an output at an address that nothing can write to, or not in that way."""
     address = address_of(out)
     if address and not address.startswith("s3:"):
-        raise OptionError(f"out is {printable(address)}, which nobody can write to; expected s3:// or a folder")
+        raise OptionError(f"out is {without_secrets(address)}, which nobody can write to; expected s3:// or a folder")
     for name, given in {"part": options.part, "repair": repair}.items():
         if address and given:
             raise OptionError(f"--{name} is given for an output in a bucket, expected one in a folder. Leave one out")

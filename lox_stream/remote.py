@@ -13,6 +13,7 @@ from typing import Any
 from lox_stream import files
 from lox_stream.adapters import CONFIG as ADAPTER
 from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from lox_stream.companions import CACHE_FOLDERS
 from lox_stream.errors import CheckpointError
 from lox_stream.journal import sample_starts
 from lox_stream.layout import is_index
@@ -83,6 +84,7 @@ def wanted(found: list[RemoteFile]) -> list[RemoteFile]:
         file
         for file in found
         if not any(fnmatchcase(file.name, glob) for glob in OTHERS)
+        and not any(CACHE_FOLDERS.fullmatch(part) for part in file.name.split("/")[:-1])
         and not file.name.startswith(".")
         and not (plain and _of_torch(file.name))
     ]
@@ -126,7 +128,12 @@ def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
             for start, n_bytes in starts:
                 if start + n_bytes > len(header):
                     files.write_at(fd, file.read(start, start + n_bytes), start)
-        elif not dry or path.name in ADAPTER_WEIGHTS or (path.suffix == ".json" and file.size <= SMALL_BYTES):
+        elif (
+            not dry
+            or path.name in ADAPTER_WEIGHTS
+            or is_index(path.name)
+            or (path.suffix == ".json" and file.size <= SMALL_BYTES)
+        ):
             for start in range(0, file.size, PIECE_BYTES):
                 files.write_at(fd, file.read(start, min(start + PIECE_BYTES, file.size)), start)
         if is_weights(file.name):

@@ -30,7 +30,7 @@ from lox_stream.remote import PIECE_BYTES, RemoteFile, is_weights, lay_out
 
 CONNECTIONS = 8  # requests at a time, each for 8 MiB
 DEFAULT_BYTES = 40 << 30
-PREFIX = "lox-stream-"
+PREFIX, MARKER = ".lox-stream-scratch-", "a-scratch-of-lox-stream"
 COMMON_PARTS = (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512, 1024)  # MiB, of uploads in parts
 _WAKE_S = 0.1
 
@@ -86,6 +86,11 @@ class Scratch:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def remove(self) -> None:
+        """Remove what lies there, at once and whatever is on its way; for who leaves without the context's end."""
+        self._stop.set()
+        shutil.rmtree(self.root, ignore_errors=True)
+
     def _end(self) -> None:
         with self._changed:
             self._stop.set()
@@ -95,6 +100,13 @@ class Scratch:
     def lay_out(self, name: str, found: Sequence[RemoteFile], *, dry: bool) -> Path:
         """A folder that looks like the model of these files. Raises CheckpointError."""
         folder, holes = self.root / name, self.root / "holes" / name
+        beside = 0 if dry else sum(file.size for file in found if not is_weights(file.name))
+        if beside > self.capacity:
+            raise OutputError(
+                f"scratch: the files beside the weights take {beside} bytes, and it has {self.capacity}. Give it more: "
+                "--scratch-size; or is the address that of more than one model?"
+            )
+        self.capacity -= beside
         with files.explained(folder, "lay out the headers of the model", "Choose another --scratch."):
             for _ in self._pool.map(lambda file: lay_out(file, holes, dry=dry), found):
                 pass
@@ -217,8 +229,9 @@ class Scratch:
         """Put the hole back."""
         self._there.remove(path)
         beside = path.with_name(path.name + ".hole")
-        os.link(self.root / "holes" / path.relative_to(self.root), beside)
-        beside.replace(path)
+        with files.explained(self.folder, "make room in the scratch", files.GO_ON, DataError):
+            os.link(self.root / "holes" / path.relative_to(self.root), beside)
+            beside.replace(path)
 
     def _fetch(self, path: Path) -> None:
         """Bring a shard here, whole and checked; a second time where its bytes are not what was promised."""
@@ -229,11 +242,11 @@ class Scratch:
             if not _is_right(file, found) and _server(file) not in self._opaque:
                 again = self._download(file, beside)
                 self._judge(file, found, again)
+            os.utime(beside, ns=(file.modified_ns, file.modified_ns))
+            beside.replace(path)
         except (CheckpointError, OSError) as error:
-            problem = error if isinstance(error, CheckpointError) else _said(error, beside)
+            problem = error if isinstance(error, CheckpointError) else _said(error, self.folder)
             raise DataError(f"{problem}\n{files.GO_ON}") from error
-        os.utime(beside, ns=(file.modified_ns, file.modified_ns))
-        beside.replace(path)
 
     def _judge(self, file: RemoteFile, found: Mapping[str, str], again: Mapping[str, str]) -> None:
         """Of a second download: right, or the same, where an ETag is no checksum; else CheckpointError."""
@@ -341,13 +354,13 @@ def _server(file: RemoteFile) -> str:
 
 def _said(error: OSError, path: Path) -> str:
     first = "Free some space, or choose another --scratch. " if error.errno in files.FULL else ""
-    return f"{path}: cannot be written: {error.strerror or error}. {first}"
+    return f"{path}: the scratch cannot be written: {error.strerror or error}. {first}".rstrip()
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed runs left: folders that nobody holds the lock of."""
     for path in folder.glob(PREFIX + "*"):
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and (path / MARKER).is_file():
             with contextlib.suppress(OSError):
                 fd, locked = files.lock_folder(path)
                 try:
@@ -359,14 +372,12 @@ def _sweep(folder: Path) -> None:
 
 def _own_folder(folder: Path, stack: contextlib.ExitStack) -> Path:
     """A new folder in a folder, locked; it is removed with the stack."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
-        with contextlib.suppress(OSError):  # swept by another run before it was locked
-            fd, _ = files.lock_folder(path)
-            stack.callback(files.close, fd)
-            stack.callback(shutil.rmtree, path, ignore_errors=True)
-            if path.exists():
-                return path
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+    fd, _ = files.lock_folder(path)
+    stack.callback(files.close, fd)
+    stack.callback(shutil.rmtree, path, ignore_errors=True)
+    (path / MARKER).touch()  # by which the next run knows that it may remove it
+    return path
 
 
 @contextmanager

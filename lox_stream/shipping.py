@@ -93,7 +93,7 @@ def ship(
             sent = uploads.submit(_upload, todo, number)
         if sent is not None:
             sent.result()
-    return [output.publish(started) for output in outputs]
+    return [output.publish(started, scratch.warnings) for output in outputs]
 
 
 def _upload(outputs: Sequence[_Output], number: int) -> None:
@@ -143,9 +143,10 @@ class _Output:
             self._found = {file.name: file for file in self.place.files()}
         except CheckpointError as error:
             raise OutputError(str(error)) from error
-        if resume and JOURNAL in self._found:
+        if resume and JOURNAL in self._found and MANIFEST not in self._found:
             self._go_on()
         elif resume and MANIFEST in self._found:
+            self._clean_up()  # after which a run was killed, if there was one: the manifest is written last
             raise ResumeError(f"{self.address}: is finished, there is nothing to resume; --overwrite runs it again")
         elif self._found and not overwrite:
             ways = "go on with --resume where a run was interrupted, or replace what is there with --overwrite"
@@ -163,7 +164,11 @@ class _Output:
 
     def _ours(self) -> set[str]:
         """The names that this run, or the finished one that it replaces, writes there."""
-        return {*output_names(self.plan.written), *self._json(MANIFEST).get("shards", ())}
+        try:
+            shards = self._json(MANIFEST).get("shards")
+        except OutputError:
+            shards = None  # damaged: who replaces the output need not know
+        return {*output_names(self.plan.written), *(shards if isinstance(shards, dict) else ())}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A file of ours there; {} where there is none. Raises OutputError."""
@@ -195,8 +200,11 @@ class _Output:
     def _is_there(self, record: Mapping[str, Any], piece: Plan) -> bool:
         """Whether the files of a record are there, all of a piece."""
         sizes = {shard.name: written_bytes(shard) for shard in piece.written.shards}
-        return {*record.get("tensors", ())} == {*piece.written.tensors} and all(
-            name in self._found and self._found[name].size == size for name, size in sizes.items()
+        told = record.get("tensors")
+        return (
+            isinstance(told, dict)
+            and {*told} == {*piece.written.tensors}
+            and all(name in self._found and self._found[name].size == size for name, size in sizes.items())
         )
 
     def begin(self, *, overwrite: bool) -> None:
@@ -204,8 +212,8 @@ class _Output:
         fresh = overwrite or JOURNAL not in self._found
         if fresh:
             old = [name for name in self._found if name in self._ours() or name.startswith(RECORDS)]
-            late = (MANIFEST, JOURNAL)
-            self.place.delete([*filter(is_index, old), *(name for name in old if name not in late), *late])
+            first = [*filter(is_index, old), MANIFEST, JOURNAL]
+            self.place.delete([*first, *(name for name in old if name not in first)])
         said = {"run": self._header, "sessions": self._sessions}
         self.place.put(JOURNAL, json.dumps(finite(said)).encode(), new=fresh)
 
@@ -226,19 +234,22 @@ class _Output:
 
     def _send_all(self, folder: Path, said: Mapping[str, Any]) -> None:
         """An output that is one file of weights: that, and what stands beside it, the manifest last."""
-        for name in [*said["files"], *said["shards"], MANIFEST]:
+        last = [*index_names(self.plan.written), MANIFEST]
+        names = [name for name in (*said["files"], *said["shards"]) if name not in last]
+        for name in [*names, *last]:
             self.place.put(name, folder / name)
 
-    def publish(self, started: float) -> Summary:
+    def publish(self, started: float, told: Sequence[str]) -> Summary:
         """Send what stands beside the weights, index and manifest last, and take the journal away."""
         finished = {name: row for said in self.arrived.values() for name, row in facts_of(said["tensors"]).items()}
         warnings = (
             *(*self.plan.warnings, *self._warnings, *changed_inputs(self.plan), *plan_warnings(self.plan)),
             *run_warnings(finished.values(), self.plan.options),
+            *told,
         )
         if self.count > 1:
             self._send_documents(finished, warnings, time.monotonic() - started)
-        self.place.delete([*(f"{RECORDS}{number}.json" for number in self.arrived if self.count > 1), JOURNAL])
+        self._clean_up()
         steps = [step for n, piece in self._pieces.items() if n not in self._before for step in piece.steps]
         return Summary(
             out=Path(self.address),
@@ -249,6 +260,11 @@ class _Output:
             warnings=warnings,
             left_out=self.plan.left_out,
         )
+
+    def _clean_up(self) -> None:
+        """The journal goes first: without it a finished output is one."""
+        records = [f"{RECORDS}{number}.json" for number in self._pieces if self.count > 1]
+        self.place.delete([JOURNAL, *records])
 
     def _send_documents(self, finished: Mapping[str, TensorFacts], warnings: Sequence[str], elapsed_s: float) -> None:
         documents = written_documents(

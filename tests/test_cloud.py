@@ -169,7 +169,7 @@ def test_faults_of_writing_that_pass_change_nothing(fault, proxy, pair, client, 
 
 def test_faults_that_stay_leave_no_half_model_and_the_run_goes_on(proxy, client, right, tmp_path):
     words = ["run", *INPUTS, "--out", "s3://models/out", "--scratch", "scratch", "--scratch-size", "2MB"]
-    proxy.faults = [""] * 4 + ["503"] * 40
+    proxy.uploads_left = 2
     broken = lox(tmp_path, proxy.url, *words)
     assert broken.returncode == 1, broken.stdout
     assert "s3://models/" in broken.stderr
@@ -178,8 +178,8 @@ def test_faults_that_stay_leave_no_half_model_and_the_run_goes_on(proxy, client,
     assert "lox_stream.journal" in left
     assert not {"lox_stream.json", "model.safetensors.index.json", "config.json"} & left.keys()
     arrived = [name for name in left if name.endswith(".safetensors")]
-    assert 0 < len(arrived) < 4
-    proxy.faults, proxy.log = [], []
+    assert 2 <= len(arrived) < 4
+    proxy.uploads_left = None
     refused = lox(tmp_path, proxy.url, *words)
     assert refused.returncode == 1
     assert "go on with --resume" in refused.stderr.replace("\n", " ")
@@ -229,6 +229,55 @@ def test_a_model_that_changes_meanwhile_is_noticed(proxy, client, pair, tmp_path
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1, said
     assert "was modified since the run looked at it" in said
+
+
+def test_the_index_comes_last_where_one_part_is_all(proxy, client, pair, tmp_path):
+    words = ["--base", str(pair[0]), "--aligned", str(pair[1]), "--max-shard-size", "1GB", "--quiet"]
+    assert lox(tmp_path, proxy.url, "run", *words, "--out", "s3://models/out").returncode == 0
+    puts = [path.partition("?")[0].rpartition("/")[2] for method, path, _ in proxy.log if method == "PUT"]
+    weights = [name for name in puts if name.endswith(".safetensors")]
+    assert len(weights) == 1
+    assert puts[-1] == "lox_stream.json"
+    assert all(puts.index(name) > puts.index(weights[0]) for name in puts if name.endswith(".index.json"))
+
+
+def test_objects_that_stand_for_folders_and_checkpoints_of_trainers_are_left_out(proxy, client, pair, right, tmp_path):
+    for name in ("", "sub/", "checkpoint-500/model.safetensors", "checkpoint-500/optimizer.pt"):
+        client.put_object(Bucket="models", Key=f"trained/{name}", Body=b"" if not name or name[-1] == "/" else b"x" * 9)
+    client.put_object(Bucket="models", Key="trained/sub/notes.json", Body=b"{}")
+    for path in pair[1].iterdir():
+        client.upload_file(str(path), "models", f"trained/{path.name}")
+    words = ["run", "--base", str(pair[0]), "--aligned", "s3://models/trained", "--out", "out", "--quiet"]
+    ran = lox(tmp_path, proxy.url, *words)
+    assert ran.returncode == 0, ran.stderr
+    assert not any("checkpoint-500" in path for _, path, _ in proxy.log)
+    assert all(data == right[name] for name, data in files_of(tmp_path / "out").items())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_run_that_is_stopped_leaves_no_scratch(proxy, tmp_path):
+    proxy.faults = ["", "", "slow", "slow", "slow", "slow"]
+    command = [sys.executable, "-P", "-m", "lox_stream", "run", *INPUTS, "--out", "out", "--scratch", "scratch"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, proxy.url), stderr=subprocess.PIPE)
+    while not (tmp_path / "out" / "lox_stream.journal").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_damaged_manifest_is_no_reason_not_to_replace_it(proxy, client, right, tmp_path):
+    words = ["run", *INPUTS, "--out", "s3://models/out", "--quiet"]
+    assert lox(tmp_path, proxy.url, *words).returncode == 0
+    client.put_object(Bucket="models", Key="out/lox_stream.json", Body=b'{"shards": 3')
+    ran = lox(tmp_path, proxy.url, *words, "--overwrite")
+    assert ran.returncode == 0, ran.stderr
+    assert same(there(client, "out"), right)
 
 
 def test_several_alphas_are_shipped_from_one_solve(proxy, client, pair, tmp_path):
@@ -282,11 +331,18 @@ def test_what_is_in_the_way_is_refused_and_replaced_on_request(proxy, client, ri
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--base", "s3://models/nothing"], r"s3://models/nothing: nothing is there; expected model\.safetensors"),
+        (["--base", "s3://models/nothing"], r"s3://models/nothing: nothing is there, .* expected model\.safetensors"),
         (["--base", "s3://no-such-bucket/x"], r"s3://no-such-bucket/x: .*(NoSuchBucket|not there|failed)"),
         (["--out", "https://example.com/x"], r"nobody can write to; expected s3:// or a folder"),
         (["--out", "s3://models/aligned/lox", "--overwrite"], r"is where an input lies"),
-        (["--base", "https://user:pw@localhost/x"], r"https://localhost/x: expected .*without a password"),
+        (["--base", "https://user:pw@localhost/x"], r"https://localhost/x: is no address .*without a password"),
+        (["--out", "https://user:pw@localhost/x"], r"https://localhost/x, which nobody can write to"),
+        (["--out", "gs://models/x"], r"gs://models/x, which nobody can write to"),
+        (["--base", "S3://models/nothing"], r"s3://models/nothing: nothing is there"),
+        (["--out", "s3://models/al%69gned", "--overwrite"], r"s3://models/al: is no address|is no address that can"),
+        (["--out", "s3://models/x/../aligned", "--overwrite"], r"is no address that can be read"),
+        (["--base", "https://host:abc/x"], r"https://host:abc/x: is no address"),
+        (["--out", "s3://models/out", "--dry-run", "--resume"], r"--dry-run and --resume are both given"),
         (["--out", "s3://models/out", "--part", "1/2"], r"--part is given for an output in a bucket"),
         (["--out", "s3://models/out", "--scratch-size", "300kB"], r"scratch: "),
     ],

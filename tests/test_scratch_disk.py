@@ -14,7 +14,7 @@ from lox_stream.api import execute_all
 from lox_stream.pipeline import jobs_for
 from lox_stream.reaching import as_given, reach
 from lox_stream.remote import RemoteFile
-from lox_stream.scratch_disk import Scratch, scratch_at
+from lox_stream.scratch_disk import MARKER, PREFIX, Scratch, scratch_at
 from lox_stream.synthetic import llama_shapes, write_pair
 
 SHAPES = llama_shapes(64, 96, 6, 512, 32)
@@ -120,7 +120,8 @@ def test_it_never_holds_more_than_it_may(pair, right, tmp_path):
     """And less than the two models: the base is one file, and of aligned one of four has room beside it."""
     base, aligned = map(Server, pair)
     largest = max(path.stat().st_size for path in pair[1].glob("*.safetensors"))
-    capacity = total(pair[0]) + largest + 1000
+    beside = sum(path.stat().st_size for folder in pair for path in folder.glob("*.json"))
+    capacity = total(pair[0]) + largest + beside
     with Watched(tmp_path / "scratch", capacity) as scratch:
         run_through(scratch, base, aligned, tmp_path / "out")
     assert total(pair[0]) < scratch.most <= capacity
@@ -208,15 +209,16 @@ def test_an_etag_that_is_no_checksum_is_found_out_once(pair, right, tmp_path):
 
 
 def test_what_a_killed_run_left_is_swept_and_what_is_in_use_is_not(tmp_path):
-    left = tmp_path / "lox-stream-of-a-killed-run"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(bytes(100))
-    (tmp_path / "mine").mkdir()
+    left, mine = tmp_path / f"{PREFIX}of-a-killed-run", tmp_path / f"{PREFIX}that-is-none"
+    for folder in (left, mine):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(100))
+    (left / MARKER).touch()
     with Scratch(tmp_path, 1000) as one, Scratch(tmp_path, 1000) as other:
         assert not left.exists()
         assert one.root.is_dir()
         assert other.root.is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    assert list(tmp_path.iterdir()) == [mine], "what has no marker is nobody's to remove"
 
 
 def test_a_name_that_leads_elsewhere_is_refused():

@@ -19,6 +19,7 @@ class Proxy:
 
     upstream: tuple[str, int]
     faults: list[str] = field(default_factory=list)
+    uploads_left: int | None = None  # large ones that are let through, before all are 503
     log: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the larger body
     authorizations: set[str] = field(default_factory=set)
     url: str = ""
@@ -45,6 +46,9 @@ def in_front_of(host: str, port: int) -> Iterator[Proxy]:
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             proxy.authorizations.add(self.headers.get("Authorization") or "")
             fault = proxy.next_fault() if len(sent) > LARGE else ""
+            if len(sent) > LARGE and proxy.uploads_left is not None:
+                fault = "" if proxy.uploads_left else "503"
+                proxy.uploads_left -= not fault
             if fault.isdecimal():
                 return self.give(int(fault), [], b"busy")
             upstream = HTTPConnection(*proxy.upstream, timeout=60)
