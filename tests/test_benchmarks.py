@@ -253,6 +253,7 @@ def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     assert all(float(row[3].split("updates ")[1].split("%")[0]) > 10 for row in runs), "all went over the card"
 
 
+@pytest.mark.torture
 def test_the_benchmark_of_ray_holds_the_output_against_that_of_one_machine():
     ran = smoke("bench_ray.py", "--rate", "1e6", "--files", "4")
     assert ran.returncode == 0, ran.stderr

@@ -160,7 +160,7 @@ def test_several_outputs_and_the_command(cluster, pair, right, tmp_path, monkeyp
     assert "holds a finished run" in again.stderr
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["one of three", "all but one"])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.torture)], ids=["one of three", "all but one"])
 def test_nodes_that_are_killed_cost_what_they_had_in_hand(count, cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
     nodes = [*cluster.worker_nodes][:count]
@@ -210,6 +210,7 @@ def test_what_is_wrong_is_said_once_and_not_tried_again(cluster, pair, right, tm
     assert ran.exit_code == 0, ran.output
 
 
+@pytest.mark.torture
 def test_a_driver_that_is_killed_is_gone_on_with(cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
     driver = start(pair, out, "--ray", cluster.address)
@@ -229,6 +230,7 @@ def test_a_driver_that_is_killed_is_gone_on_with(cluster, pair, right, tmp_path,
     require_little_lost(out, kept, 5)
 
 
+@pytest.mark.torture
 def test_a_signal_ends_a_cluster_of_its_own_and_another_number_of_nodes_goes_on(cluster, pair, right, tmp_path):
     out = tmp_path / "out"
     driver = start(pair, out, "--ray", "--threads", "1")
