@@ -20,7 +20,7 @@ from lox_stream.options import check_platform, check_ways
 from lox_stream.output_rules import is_new
 from lox_stream.pipeline import Finished, compute_all, jobs_for
 from lox_stream.planning import Plan
-from lox_stream.reader import Source
+from lox_stream.reader import Source, read_bytes
 from lox_stream.remarks import changed_bytes, plan_warnings, run_warnings
 from lox_stream.repairing import finished_before, survey
 from lox_stream.resuming import Damage, Survey, changed_inputs
@@ -202,7 +202,7 @@ class _Work:
             out=output.folder,
             totals=totals(output.finished.values()),
             elapsed_s=time.monotonic() - started,
-            read_bytes=sum(s.aligned.n_bytes + (s.base.n_bytes if s.base else 0) for s in steps),
+            read_bytes=read_bytes(steps),
             written_bytes=sum(map(output_bytes, steps)),
             warnings=warnings,
             repaired=output.survey.damaged if output.survey is not None else None,

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_stream.adapters import is_adapter
-from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError
-from lox_stream.hub import is_hub_id, local, planned_first, prepared, push
+from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError, reworded
+from lox_stream.hub import is_hub_id, lies_elsewhere, local, planned_first, prepared, push
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import address_of, listing, place_name, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan, plan_all, plan_summary
 from lox_stream.predicting import Machine, parse_machine, predict
-from lox_stream.reaching import Reached, as_given, lies_elsewhere, named, reach, require_place
+from lox_stream.reaching import Reached, as_given, named, reach, require_place
 from lox_stream.scratch_disk import Scratch, scratch_at
 from lox_stream.sharing import begun_in_parts, folder_of_part
 from lox_stream.showing import counted
@@ -127,7 +127,7 @@ def in_words_of_apply(error: LoxError) -> LoxError:
     """An error of a run on a base and an adapter, as who typed --aligned and --adapter understands it."""
     lines = [re.sub(r"^base: ", "aligned: ", line) for line in str(error).split("\n")]
     text = "\n".join(lines).replace("give that as aligned", "use that").replace("is the folder of base", OF_ALIGNED)
-    return CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)
+    return reworded(error, text)
 
 
 def push_output(folder: Path, name: str) -> int:
@@ -196,14 +196,10 @@ def _pushed(request: Request, name: str, code: int) -> None:
     try:
         address = push(folder, name)
     except LoxError as error:
-        raise type(error)(_with_way_out(error, again)) from error
+        text = f"{error}\nThe output itself is finished. Push it with: {again}"
+        raise reworded(error, text) from error
     if not request.quiet:
         click.echo(f"pushed to {printable(address)}", err=True)
-
-
-def _with_way_out(error: LoxError, again: str) -> Any:
-    text = f"{error}\nThe output itself is finished. Push it with: {again}"
-    return text.split("\n") if isinstance(error, CheckpointError) else text
 
 
 def _require_sensible_places(request: Request, push_to: str | None) -> None:

@@ -53,3 +53,8 @@ class DeviceError(LoxError):
 
 class Cancelled(LoxError):
     """The work was stopped on request; the output folder can be resumed."""
+
+
+def reworded(error: LoxError, text: str) -> LoxError:
+    """An error of the same kind that says `text`, of which each line is a problem of a checkpoint."""
+    return CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)

@@ -58,19 +58,27 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
     Some kilobytes a shard are read. None where these do not tell what is in it (weights in other files than
     safetensors, an adapter), and offline. Raises CheckpointError.
     """
-    if address := address_of(name):
-        found = files_at(address)
-    elif is_offline():
+    if is_hub_id(name) and is_offline():
         yield None
         return
-    else:
-        found = files_of(name)
+    found = files_elsewhere(name)
     with tempfile.TemporaryDirectory(prefix="lox-stream-headers-") as temporary:
         folder = Path(temporary) / str(name).replace("/", "--")
         plain = tells_by_headers(found)
         for file in found if plain else []:
             lay_out(file, folder, dry=True)
         yield folder if plain else None
+
+
+def lies_elsewhere(path: str | Path) -> bool:
+    """Whether a path is an address or a name on the hub."""
+    return bool(address_of(path)) or is_hub_id(path)
+
+
+def files_elsewhere(path: str | Path) -> list[RemoteFile]:
+    """The files of a model at an address or on the hub. Raises CheckpointError."""
+    address = address_of(path)
+    return files_at(address) if address else files_of(path)
 
 
 def is_offline() -> bool:
@@ -187,9 +195,7 @@ def _explained(hub: Any, repo: str, revision: str | None, *, again: bool = False
 def planned_first(*paths: Path) -> Iterator[list[Path] | None]:
     """The paths with the headers of models in place of those elsewhere, or None where they tell too little."""
     with ExitStack() as stack:
-        found = [
-            stack.enter_context(headers_of(path)) if is_hub_id(path) or address_of(path) else path for path in paths
-        ]
+        found = [stack.enter_context(headers_of(path)) if lies_elsewhere(path) else path for path in paths]
         yield None if None in found else [path for path in found if path is not None]
 
 

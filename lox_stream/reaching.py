@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lox_stream.errors import CheckpointError, LoxError, OptionError
-from lox_stream.hub import files_of, is_hub_id, is_offline, local
+from lox_stream.errors import LoxError, OptionError, reworded
+from lox_stream.hub import files_elsewhere, is_hub_id, is_offline, lies_elsewhere, local
 from lox_stream.names import address_of, place_name, without_secrets
-from lox_stream.objects import files_at
 from lox_stream.options import Options
 from lox_stream.planning import Plan
 from lox_stream.remote import require_safetensors
@@ -26,11 +25,6 @@ class Reached:
     given: tuple[str, str]  # base and aligned as they were named, "" for what lies here
 
 
-def lies_elsewhere(path: str | Path) -> bool:
-    """Whether a path is an address or a name on the hub."""
-    return bool(address_of(path)) or is_hub_id(path)
-
-
 def reach(base: str | Path, aligned: str | Path, scratch: Scratch | None, *, dry: bool = False) -> Reached:
     """Both inputs here: what lies elsewhere laid out in the scratch; without one, from the hub's cache.
 
@@ -41,7 +35,7 @@ def reach(base: str | Path, aligned: str | Path, scratch: Scratch | None, *, dry
         if scratch is None or not lies_elsewhere(path) or (is_hub_id(path) and is_offline()):
             folders.append(local(path))
         else:
-            found = files_at(address_of(path)) if address_of(path) else files_of(path)
+            found = files_elsewhere(path)
             require_safetensors(found, place_name(path))
             folder = scratch.lay_out(side, found, dry=dry)
             only = found[0].name if address_of(path).endswith(".safetensors") else ""
@@ -88,6 +82,4 @@ def named(reached: Reached) -> Iterator[None]:
         text = renamed(str(error), reached)
         if text == str(error):
             raise
-        raise (
-            CheckpointError(text.split("\n")) if isinstance(error, CheckpointError) else type(error)(text)
-        ) from error
+        raise reworded(error, text) from error

@@ -128,6 +128,7 @@ def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
             for start, n_bytes in starts:
                 if start + n_bytes > len(header):
                     files.write_at(fd, file.read(start, start + n_bytes), start)
+            os.ftruncate(fd, file.size)
         elif (
             not dry
             or path.name in ADAPTER_WEIGHTS
@@ -136,8 +137,6 @@ def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
         ):
             for start in range(0, file.size, PIECE_BYTES):
                 files.write_at(fd, file.read(start, min(start + PIECE_BYTES, file.size)), start)
-        if is_weights(file.name):
-            os.ftruncate(fd, file.size)
     os.utime(path, ns=(file.modified_ns, file.modified_ns))
 
 

@@ -63,7 +63,6 @@ class Scratch:
         self._uses: dict[Path, dict[str, None]] = {}  # names of the tensors that need it, in order, until they are done
         self._at: dict[str, int] = {}  # when a tensor's turn comes
         self._demanded: list[Path] = []
-        self._fetching: Path | None = None
         self._opaque: set[str] = set()  # servers whose ETags say nothing of the bytes
         self._failure: BaseException | None = None
         self._stop = threading.Event()
@@ -185,14 +184,13 @@ class Scratch:
                     self._changed.wait_for(lambda: self._stop.is_set() or self._choose() is not None)
                     if self._stop.is_set():
                         return
-                    self._fetching = path = self._choose()
+                    path = self._choose()
                     assert path is not None, "it was waited for"
                     for other in self._in_the_way(path) or ():
                         self._drop(other)
                 self._fetch(path)
                 with self._changed:
                     self._there.add(path)
-                    self._fetching = None
                     self._changed.notify_all()
         except BaseException as error:  # raised where somebody waits for a shard
             with self._changed:

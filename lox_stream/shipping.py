@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from lox_stream.options import check_ways
 from lox_stream.output_rules import JOURNAL, MANIFEST, output_names
 from lox_stream.pipeline import jobs_for
 from lox_stream.planning import Plan
+from lox_stream.reader import read_bytes
 from lox_stream.remarks import plan_warnings, run_warnings
 from lox_stream.remote import RemoteFile
 from lox_stream.repairing import facts_of
@@ -234,10 +235,13 @@ class _Output:
 
     def _send_all(self, folder: Path, said: Mapping[str, Any]) -> None:
         """An output that is one file of weights: that, and what stands beside it, the manifest last."""
-        last = [*index_names(self.plan.written), MANIFEST]
-        names = [name for name in (*said["files"], *said["shards"]) if name not in last]
-        for name in [*names, *last]:
+        for name in self._in_order([*said["files"], *said["shards"], MANIFEST]):
             self.place.put(name, folder / name)
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        """As they may appear: what says that the weights are there last."""
+        last = [*index_names(self.plan.written), MANIFEST]
+        return sorted(names, key=lambda name: last.index(name) if name in last else -1)
 
     def publish(self, started: float, told: Sequence[str]) -> Summary:
         """Send what stands beside the weights, index and manifest last, and take the journal away."""
@@ -255,7 +259,7 @@ class _Output:
             out=Path(self.address),
             totals=totals(finished.values()),
             elapsed_s=time.monotonic() - started,
-            read_bytes=sum(step.aligned.n_bytes + (step.base.n_bytes if step.base else 0) for step in steps),
+            read_bytes=read_bytes(steps),
             written_bytes=sum(map(output_bytes, steps)),
             warnings=warnings,
             left_out=self.plan.left_out,
@@ -275,10 +279,9 @@ class _Output:
             warnings=warnings,
             began=self._header["inputs"],
         )
-        last = [*index_names(self.plan.written), MANIFEST]
         for name in documents.copied:
             self.place.put(name, companion_path(self.plan.aligned, Path(name)))
-        for name in [*(name for name in documents.written if name not in last), *last]:
+        for name in self._in_order(documents.written):
             self.place.put(name, documents.written[name])
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import Quiet, listening
 
 LARGE = 70_000  # bytes, of a body: a shard, and not a header, a sample or a listing
 
@@ -34,13 +35,8 @@ class Proxy:
 def in_front_of(host: str, port: int) -> Iterator[Proxy]:
     proxy = Proxy((host, port))
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         """Faults: 429, 503 (before anything is passed on), cut, short, wrong (of the answer), slow."""
-
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *words: object) -> None:
-            pass
 
         def handle_any(self) -> None:
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -87,14 +83,5 @@ def in_front_of(host: str, port: int) -> Iterator[Proxy]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    proxy.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(Handler) as proxy.url:
         yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
