@@ -29,9 +29,6 @@ from torture_world import (
     rng_of,
 )
 
-from lox_stream import extrapolate
-from lox_stream.errors import LoxError
-
 BATCHES = (1, 20_000)  # bytes after which the recorded run journals
 
 
@@ -159,7 +156,7 @@ def recorded(world: World, way: str, batch: int, folder: Path) -> Log:
 
 
 class Power:
-    """The cases of this part: each is a state that a crash may leave, looked at and taken up again in this process."""
+    """The cases of this part: each is a state that a crash may leave, looked at and taken up again."""
 
     part = "power"
     cases = None
@@ -203,10 +200,8 @@ class Power:
         if not flags:
             outcome.count("states that are the finished output")
             return
-        given = {flag.removeprefix("--"): True for flag in flags}
         outcome.count(f"states taken up by {' '.join(flags)}")
-        try:
-            extrapolate(log.world.base, log.world.aligned, out, options=log.world.options, **given)
-        except LoxError as error:
-            raise Law(f"{' '.join(flags)}: {error}; found {sorted(found)}") from error
+        ended = log.world.run(out, *flags)
+        if ended.code != 0:
+            raise Law(f"{' '.join(flags)}: exit code {ended.code}: {ended.said[-1500:]}; found {sorted(found)}")
         require_same(content(out), log.world.reference, f"after {' '.join(flags)}")

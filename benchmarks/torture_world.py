@@ -6,6 +6,7 @@ torch is imported once and never used before a fork: a child costs milliseconds,
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import os
 import pickle
@@ -245,6 +246,7 @@ def in_child(work: Callable[[], int], said: Path, kill_s: float | None = None) -
         fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
+        faulthandler.register(signal.SIGUSR1)
         return work()
 
     pid = fork(quietly)
@@ -255,11 +257,20 @@ def in_child(work: Callable[[], int], said: Path, kill_s: float | None = None) -
         if done == 0:
             time.sleep(0.001)
     if done == 0:
+        stacks = _stacks(pid, said) if kill_s is None else ""
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if kill_s is None:
-            raise Law(f"hangs: not at its end after {HANGS_S:.0f} s; it said: {said.read_text()[-500:]}")
+            raise Law(f"hangs: not at its end after {HANGS_S:.0f} s; its threads, and what it said: {stacks}")
     return Ended(os.waitstatus_to_exitcode(status), said.read_text(errors="replace") if said.exists() else "")
+
+
+def _stacks(pid: int, said: Path) -> str:
+    """Where the threads of a child are, by the kernel and by Python, after what it has said."""
+    waits = [f"{task.name} in {(task / 'wchan').read_text()}" for task in Path(f"/proc/{pid}/task").iterdir()]
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(1)
+    return f"{'; '.join(waits)}; {said.read_text(errors='replace')[-4000:]}"
 
 
 def found_by_child(work: Callable[[], Any], folder: Path) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_a_program_that_is_wrong_is_found(part, change):
     assert ran.returncode == 1, ran.stdout + ran.stderr
     failures = json.loads(ran.stdout.splitlines()[-1])["parts"][0]["failures"]
     assert all(case.startswith(f"--only {part}") for case in failures)
+
+
+@linux
+@pytest.mark.torture
+def test_a_program_that_hangs_is_told_with_where_it_hangs():
+    ran = tortured(
+        "import time; torture_world.HANGS_S = 5; files.sync_data = lambda fd: time.sleep(60)", "--only", "power"
+    )
+    assert ran.returncode == 1
+    assert "hangs: not at its end after 5 s" in ran.stderr
+    assert re.search(r'File "<string>", line \d+ in <lambda>\n +File ".*committer.py"', ran.stderr), ran.stderr
 
 
 @linux
