@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lox_stream.analysing import Analysis, analyze
     from lox_stream.anywhere import extrapolate
     from lox_stream.api import Progress, Summary, execute, execute_all
     from lox_stream.errors import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "Cancelled",
     "CheckpointError",
     "DataError",
@@ -55,6 +57,7 @@ __all__ = [
     "Step",
     "Summary",
     "TruncatedSVD",
+    "analyze",
     "execute",
     "execute_all",
     "extrapolate",
@@ -66,6 +69,7 @@ __all__ = [
     "truncated_svd",
 ]
 _MODULES = {
+    "analysing": ("Analysis", "analyze"),
     "anywhere": ("extrapolate",),
     "api": ("Progress", "Summary", "execute", "execute_all"),
     "finishing": ("finish",),

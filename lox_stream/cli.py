@@ -23,6 +23,7 @@ from lox_stream.cli_options import (
     HOST,
     MAX_SHARD_SIZE,
     METHOD,
+    MISMATCHES,
     ON_NONFINITE,
     ON_THE_WAY,
     OUT,
@@ -321,7 +322,7 @@ def _typed(ctx: click.Context, name: str) -> bool:
 
 def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, Any], Options, tuple[float, ...]]:
     """The flags, the options, and the factors that are asked for; a recipe says what was not typed."""
-    flags = {name: given.pop(name) for name in FLAGS}
+    flags = {name: given.pop(name) for name in FLAGS if name in given}
     given["alpha"] = alphas_of(given["alpha"])
     recipe = given.pop("recipe")
     if recipe is not None:
@@ -331,7 +332,7 @@ def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, An
         given |= {name: value for name, value in found.items() if name not in given or not _typed(ctx, name)}
     alphas = given.pop("alpha")
     alphas = alphas if isinstance(alphas, tuple) else (alphas,)
-    options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory"), **given)
+    options = Options(memory_bytes=given.pop("memory"), gpu_memory_bytes=given.pop("gpu_memory", 0), **given)
     return flags, options, alphas
 
 
@@ -493,6 +494,111 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
         plot=given["plot"],
         pictures=given["picture"],
         table=table,
+    )
+    return carry_out(request)
+
+
+@commands.command("analyze")
+@with_options(
+    BASE,
+    option(
+        FILES,
+        "--aligned",
+        type=FOLDER,
+        required=True,
+        metavar="DIR",
+        help="The model after alignment, or its LoRA adapter.",
+    ),
+    option(
+        FILES,
+        "--finetuned",
+        type=FOLDER,
+        metavar="DIR",
+        help="A model fine-tuned from aligned, or its LoRA adapter: what it left of the leading subspace.",
+    ),
+    option(FILES, "--out", type=FOLDER, metavar="DIR", help="Also write analysis.json and analysis.csv there."),
+    DTYPE,
+    RANK,
+    option(
+        METHOD, "--alpha", default=f"{DEFAULTS.alpha:g}", metavar="A", show_default=True, help="Extrapolation factor."
+    ),
+    option(
+        METHOD, "--values", default=32, metavar="N", show_default=True, help="Leading singular values of each matrix."
+    ),
+    option(
+        METHOD,
+        "--ranks",
+        default="1,3,6,12",
+        metavar="K,...",
+        show_default=True,
+        help="Of the updates whose rounding is measured, with --rank.",
+    ),
+    option(
+        METHOD,
+        "--alphas",
+        default="0.25,0.5,1,1.25,2",
+        metavar="A,...",
+        show_default=True,
+        help="Of the same, with --alpha.",
+    ),
+    option(
+        METHOD,
+        "--reference",
+        is_flag=True,
+        help="Also R_align as the paper's code has it: rank 100, bfloat16. Always with --finetuned.",
+    ),
+    option(METHOD, "--seed", default=DEFAULTS.seed, metavar="N", show_default=True, help="Of stochastic rounding."),
+    RECIPE,
+    GLOBS,
+    SPLIT_FUSED,
+    ON_NONFINITE,
+    MISMATCHES,
+    HOST,
+    TELLING,
+)
+@click.pass_context
+def _analyze(
+    ctx: click.Context,
+    /,
+    base: Path,
+    aligned: Path,
+    finetuned: Path | None,
+    out: Path | None,
+    ranks: str,
+    alphas: str,
+    **given: Any,
+) -> int:
+    """Show what the difference of the two models is made of, and what that means for rank, alpha and rounding.
+
+    Of each matrix: leading singular values, energy, what stands out of noise, and what rounding leaves of the update;
+    with --finetuned how much of the leading subspace a fine-tuning left. Streamed, in bounded memory.
+
+    \b
+    Examples:
+      lox-stream analyze --base llama-base --aligned llama-instruct
+      lox-stream analyze --base llama-base --aligned llama-instruct --finetuned llama-gsm8k --out analysis
+    """
+    from lox_stream.cli_analyze import Request, carry_out
+    from lox_stream.cli_bench import numbers
+
+    values, reference = given.pop("values"), given.pop("reference")
+    flags, options, factors = _understood(ctx, given)
+    if len(factors) > 1:
+        raise OptionError(
+            f"--alpha {','.join(f'{one:g}' for one in factors)}: expected one factor; the others go to --alphas"
+        )
+    request = Request(
+        base,
+        aligned,
+        finetuned,
+        out,
+        replace(options, alpha=factors[0]),
+        values,
+        numbers(ranks, "--ranks", int, 1, 256),
+        alphas_of(alphas),
+        reference,
+        flags["as_json"],
+        flags["quiet"],
     )
     return carry_out(request)
 

@@ -17,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from lox_stream import costs
 from lox_stream.copying import Target
 from lox_stream.device import cards_of
 from lox_stream.errors import Cancelled
 from lox_stream.facts import TensorFacts
+from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
@@ -39,6 +41,7 @@ CARD_THREADS = 5  # for a GPU: two solve, one copies in, one writes, and one is 
 FIRST = 8  # jobs that may change places
 
 Job = tuple[int, ...]  # indices of the steps that are carried out together
+Procedure = Callable[[Sequence[Sequence[Use]], Run, Cards | None], list[list[Written]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,12 @@ def compute_all(
     in_order: bool = False,
     held_bytes: Callable[[Step], int] = lambda step: 0,
     source: Source | None = None,
+    process: Procedure = process,
 ) -> Generator[Finished | Tick, None, None]:
     """`compute` for several outputs of one pair: each tensor is read and solved once, for all that have it.
 
     The first output's options say how it is computed. A tensor's events come one after the other. `source` brings
-    weights here that lie elsewhere.
+    weights here that lie elsewhere. `process` is what is done with the tensors of a job.
     """
     options = ways[0].options
     steps = _leaders(ways)
@@ -139,7 +143,8 @@ def compute_all(
                 if stop is not None and stop.is_set():
                     raise Cancelled("stopped on request")
                 for job in admission.admit():
-                    workers.submit(_work(job, [_uses(steps[i], ways) for i in job], ways, workers, cards, events))
+                    uses = [_uses(steps[i], ways) for i in job]
+                    workers.submit(_work(job, ways, partial(process, uses, workers.run, cards), workers, events))
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
@@ -291,16 +296,15 @@ class _Admission:
 
 def _work(
     job: Job,
-    tensors: Sequence[Sequence[Use]],
     ways: Sequence[Way],
+    process: Callable[[], list[list[Written]]],
     workers: Workers,
-    cards: Cards | None,
     events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
     def work() -> None:
         try:
             workers.check()
-            written = process(tensors, workers.run, cards)
+            written = process()
         except BaseException as problem:  # raised where the events are read
             traceback.clear_frames(problem.__traceback__)  # which hold maps, and a GPU's memory
             if problem.__cause__ is not None:

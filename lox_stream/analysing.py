@@ -1,0 +1,216 @@
+"""`analyze`: what the difference of a pair is made of, matrix by matrix, in one streamed pass over it.
+
+The pipeline is that of a run; what it does with a tensor is another thing. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lox_stream.adapters import is_adapter
+from lox_stream.analysed import Finding
+from lox_stream.api import Progress
+from lox_stream.copying import InMemory
+from lox_stream.errors import CheckpointError, OptionError
+from lox_stream.examining import Asked, examined, examining_bytes
+from lox_stream.facts import TensorFacts
+from lox_stream.hub import local
+from lox_stream.kernels.cpu import Run
+from lox_stream.matching import Step
+from lox_stream.names import listing, printable, shown
+from lox_stream.on_card import Cards
+from lox_stream.options import Options, check_platform
+from lox_stream.pipeline import Finished, compute_all
+from lox_stream.planning import DEFAULTS, plan
+from lox_stream.sinks import Use, Way, Written
+
+VALUES = 32  # leading singular values
+RANKS = (1, 3, 6, 12)
+ALPHAS = (0.25, 0.5, 1.0, 1.25, 2.0)
+MOST_VALUES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What was found of a pair."""
+
+    base: Path
+    aligned: Path
+    finetuned: Path | None
+    asked: Asked
+    findings: tuple[Finding, ...]  # in the order of aligned's files
+    copied: Mapping[str, str]  # tensors that a run would copy, and why
+    warnings: tuple[str, ...]  # complete messages
+    elapsed_s: float
+
+
+def analyze(
+    base: str | Path,
+    aligned: str | Path,
+    *,
+    finetuned: str | Path | None = None,
+    options: Options = DEFAULTS,
+    values: int = VALUES,
+    ranks: Sequence[int] = RANKS,
+    alphas: Sequence[float] = ALPHAS,
+    reference: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Analysis:
+    """Measure what W_aligned - W_base is made of, matrix by matrix. Nothing is written.
+
+    `finetuned` is a model that was fine-tuned from aligned, or its LoRA adapter: how much it left of the leading
+    subspace. `values` leading singular values are given of each matrix. `ranks` and `alphas` span the grid of updates
+    whose rounding is measured; those of `options` are in it, too. `reference` adds the robustness metrics as the
+    paper's code has them, which is done for a `finetuned` model in any case. Names on the hub are downloaded.
+
+    Memory is bounded as in a run, and the CPU computes all of it. Raises LoxError of some kind, and Cancelled where
+    `cancel` is set.
+
+        from lox_stream import analyze
+
+        for one in analyze("base", "aligned").findings:
+            print(one.name, one.relative, one.spectrum and one.spectrum.energy(6))
+    """
+    started = time.monotonic()
+    check_platform()
+    asked = _asked(options, values, ranks, alphas, reference=reference or finetuned is not None)
+    pair = local(base), local(aligned)
+    made = plan(*pair, options=asked.options)
+    steps = [step for step in made.steps if step.action in ("extrapolate", "rescale")]
+    if not steps:
+        raise OptionError("there is no matrix that a run would extrapolate, expected one at least")
+    later: dict[str, Step] = {}
+    told: tuple[str, ...] = ()
+    if finetuned is not None:
+        later, told = _later(pair, local(finetuned), asked.options, steps)
+    found = _examined(steps, later, asked, _Reporter(steps, progress, started), cancel)
+    findings = tuple(one for step in steps for one in found.get(step.name, ()))
+    return Analysis(
+        made.base.root,
+        made.aligned.root,
+        None if finetuned is None else Path(finetuned),
+        asked,
+        findings,
+        {step.name: step.reason for step in made.steps if step not in steps},
+        (*made.warnings, *told, *(notice for one in findings for notice in one.notices)),
+        time.monotonic() - started,
+    )
+
+
+def _asked(options: Options, values: int, ranks: Sequence[int], alphas: Sequence[float], *, reference: bool) -> Asked:
+    """The grid with the run's own rank and alpha in it; raises OptionError."""
+    problems = []
+    if options.form != "weights" or options.part:
+        problems.append("form and part are for what is written, expected Options without them")
+    if options.rank < 1:
+        problems.append(f"--rank {options.rank}: expected 1 or more: full rank has no leading directions")
+    if type(values) is not int or not 1 <= values <= MOST_VALUES:
+        problems.append(f"--values {shown(values)}: expected 1 to {MOST_VALUES} singular values")
+    if not all(type(rank) is int and 1 <= rank <= MOST_VALUES for rank in ranks):
+        problems.append(f"--ranks {shown(list(ranks))}: expected numbers from 1 to {MOST_VALUES}")
+    if not all(isinstance(alpha, (int, float)) and 0 < abs(alpha) <= 1e6 for alpha in alphas):
+        problems.append(f"--alphas {shown(list(alphas))}: expected numbers other than 0")
+    if problems:
+        raise OptionError("\n".join(problems))
+    return Asked(
+        replace(options, device="cpu"),
+        values,
+        tuple(sorted({*ranks, options.rank})),
+        tuple(sorted({*map(float, alphas), *({options.alpha} - {0.0})})),
+        reference,
+    )
+
+
+def _later(
+    pair: tuple[Path, Path], finetuned: Path, options: Options, steps: Iterable[Step]
+) -> tuple[dict[str, Step], tuple[str, ...]]:
+    """Where the fine-tuned model has each matrix, by aligned's names; and what it lacks, in words."""
+    base, aligned = pair
+    lenient = replace(options, on_missing="copy", on_shape_mismatch="copy", scaling=None)
+    if not is_adapter(finetuned):
+        other = plan(base, finetuned, options=lenient)
+    elif not is_adapter(aligned):
+        other = plan(aligned, finetuned, options=lenient)
+    else:
+        problem = (
+            "is an adapter, and aligned is one, too; expected one model at least. Merge aligned into its base first"
+        )
+        raise CheckpointError([f"{printable(finetuned)}: {problem}: lox-stream apply --alpha 0"])
+    there = {step.name: step for step in other.steps}
+    found, lost = {}, []
+    for step in (step for step in steps if step.action == "extrapolate"):
+        match = there.get(step.name)
+        if match is not None and match.reason == "untouched":
+            found[step.name] = step  # by an adapter, which leaves aligned's own
+        elif match is not None and _same_matrices(step, match):
+            found[step.name] = match
+        else:
+            lost.append(step.name)
+    if not found:
+        problem = "has none of the matrices of aligned, expected a model that was fine-tuned from it"
+        raise CheckpointError([f"{printable(finetuned)}: {problem}"])
+    told = [f"{printable(finetuned)}: without {listing(lost)}; these are left out of R_ft"] if lost else []
+    return found, tuple(told)
+
+
+def _same_matrices(step: Step, other: Step) -> bool:
+    """Whether another model has the same matrices under a tensor's name."""
+    return other.action in ("extrapolate", "merge") and (other.count, other.m, other.n) == (step.count, step.m, step.n)
+
+
+class _Reporter:
+    """Calls the caller's `progress`."""
+
+    def __init__(self, steps: Sequence[Step], progress: Callable[[Progress], None] | None, started: float) -> None:
+        self._progress, self._started = progress, started
+        self._total = sum(step.aligned.n_bytes for step in steps), len(steps)
+        self._done = 0, 0
+
+    def __call__(self, working: tuple[str, ...], finished: Step | None = None) -> None:
+        n_bytes, count = self._done
+        if finished is not None:
+            self._done = n_bytes, count = n_bytes + finished.aligned.n_bytes, count + 1
+        if self._progress is not None:
+            elapsed_s = time.monotonic() - self._started
+            self._progress(Progress(n_bytes, self._total[0], 0, count, self._total[1], working, elapsed_s))
+
+
+def _examined(
+    steps: Sequence[Step],
+    later: Mapping[str, Step],
+    asked: Asked,
+    report: _Reporter,
+    cancel: threading.Event | None,
+) -> dict[str, list[Finding]]:
+    """What is found of each tensor, by its name."""
+    found: dict[str, list[Finding]] = {}
+    own = {step.name: step for step in steps}
+
+    def process(tensors: Sequence[Sequence[Use]], run: Run, cards: Cards | None) -> list[list[Written]]:
+        del cards  # all of this is computed by the CPU
+        done = [use for uses in tensors for use in uses]
+        for use in done:
+            if use.step.action == "extrapolate":
+                found[use.step.name] = examined(own[use.step.name], later.get(use.step.name), asked, run)
+        return [[Written(use, _no_facts(use.step), use.way.place(use.step))] for use in done]
+
+    counted = {step.name: replace(step, rank=max(asked.rank, step.rank)) for step in steps}  # for the memory it takes
+    way = Way(counted, asked.options, lambda step: InMemory(0))
+    events = compute_all([way], stop=cancel, held_bytes=lambda step: examining_bytes(step, asked), process=process)
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Finished):
+                report((), event.step)
+            else:
+                report(event.working)
+    return found
+
+
+def _no_facts(step: Step) -> TensorFacts:
+    return TensorFacts(step.name, step.action, step.reason, 0, 0.0, "")

@@ -1,0 +1,172 @@
+"""`lox-stream analyze`: what the difference of a pair is made of, as tables with sparklines, or as files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Group
+
+from lox_stream.errors import OutputError
+from lox_stream.messages import echo_json, escaped, warn
+from lox_stream.names import printable
+from lox_stream.options import Options
+from lox_stream.rendering import console_of, percent, shape_text, table_of
+from lox_stream.showing import counted, display, time_text
+from lox_stream.signals import Interruption
+
+if TYPE_CHECKING:
+    from lox_stream.analysed import Finding
+    from lox_stream.analysing import Analysis
+
+BARS = "▁▂▃▄▅▆▇█"
+SHOWN = 16  # singular values as bars
+DOCUMENT, TABLE = "analysis.json", "analysis.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for."""
+
+    base: Path
+    aligned: Path
+    finetuned: Path | None
+    out: Path | None
+    options: Options
+    values: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    reference: bool
+    as_json: bool
+    quiet: bool
+
+
+def carry_out(request: Request) -> int:
+    """Analyse, show, and return the exit code."""
+    with Interruption(lambda: "stopped: nothing was written") as interruption:
+        if request.out is not None:
+            _require_room(request.out)
+        from lox_stream.analysing import analyze
+
+        with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
+            found = analyze(
+                request.base,
+                request.aligned,
+                finetuned=request.finetuned,
+                options=request.options,
+                values=request.values,
+                ranks=request.ranks,
+                alphas=request.alphas,
+                reference=request.reference,
+                progress=show,
+                cancel=interruption.cancel,
+            )
+        _write(request, found)
+        if request.as_json:
+            from lox_stream.recording import document_of
+
+            echo_json(document_of(found))
+        elif not request.quiet:
+            _show(found)
+        if not request.quiet:
+            warn(found.warnings)
+    return 0
+
+
+def _require_room(out: Path) -> None:
+    """Nothing is replaced: the folder is new, or holds no analysis."""
+    there = [name for name in (DOCUMENT, TABLE) if os.path.lexists(out / name)]
+    if there:
+        raise OutputError(f"{printable(out / there[0])}: is there already, expected none. Choose another --out")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{printable(out)}: is a file, expected a folder, or a name for a new one")
+
+
+def _write(request: Request, found: Analysis) -> None:
+    if request.out is None:
+        return
+    from lox_stream.files import make_folder, replace_file
+    from lox_stream.recording import document_text, table_text
+
+    make_folder(request.out)
+    for name, text in ((TABLE, table_text(found)), (DOCUMENT, document_text(found))):
+        replace_file(request.out / name, text.encode())
+        if not request.quiet:
+            click.echo(escaped(f"wrote {request.out / name}"), err=True)
+
+
+def _show(found: Analysis) -> None:
+    from lox_stream.advising import advice
+
+    console = console_of()
+    for table in (modules_table(found), retention_table(found)):
+        console.print(table)
+    for sentence in advice(found.findings, found.asked):
+        click.echo(escaped(sentence))
+    size, copied = counted(len(found.findings), "matrix", "matrices"), counted(len(found.copied), "tensor")
+    click.echo(f"Looked at {size} in {time_text(found.elapsed_s)}; {copied} would be copied.")
+
+
+def spark(values: Sequence[float]) -> str:
+    """Numbers as bars, the largest as the highest.
+
+    >>> spark([8, 4, 1])
+    '█▄▁'
+    """
+    most = max(values, default=0.0)
+    return "".join(BARS[min(7, max(0, round(8 * value / most) - 1))] for value in values) if most > 0 else ""
+
+
+def modules_table(found: Analysis) -> Group:
+    """A row for what a matrix is in each layer: `model.layers.*.mlp.up_proj.weight`."""
+    k, alpha = found.asked.options.rank, found.asked.options.alpha
+    groups: dict[str, list[Finding]] = {}
+    for one in found.findings:
+        groups.setdefault(one.module, []).append(one)
+    tuned = found.finetuned is not None
+    columns = ["matrices", "count", "shape", "|delta|/|W|", f"energy {k}", f"s{k + 1}/s{k}", "stand out", "retention"]
+    columns += ["R_align", "R_ft"] if tuned else []
+    rows = [_row(name, some, k, alpha, tuned=tuned) for name, some in groups.items()]
+    return table_of("Analysis", [*columns, "singular values"], rows, right=(1, *range(3, len(columns) + 1)))
+
+
+def _row(name: str, some: Sequence[Finding], k: int, alpha: float, *, tuned: bool) -> list[object]:
+    from statistics import median
+
+    from lox_stream.analysed import energy_of, mean_of, retained
+
+    changed = [one for one in some if one.spectrum is not None]
+    gaps = [one.spectrum.gaps[k - 1] for one in changed if one.spectrum and len(one.spectrum.gaps) >= k]
+    row: list[object] = [
+        name if len(some) > 1 else some[0].name,
+        len(some),
+        shape_text((one.m, one.n) for one in some),
+        percent(median(one.relative for one in some), 2),
+        percent(energy_of(changed, k) if changed else None),
+        f"{median(gaps):.2f}" if gaps else "-",
+        f"{median(one.bulk.outliers for one in changed if one.bulk):.0f}" if changed else "-",
+        percent(retained(changed, k, alpha, "nearest")),
+    ]
+    if tuned:
+        means = mean_of(one.ours for one in changed)
+        row += [f"{means.align:.3f}" if means else "-", f"{means.finetuned:.3f}" if means and means.finetuned else "-"]
+    largest = max(changed, key=lambda one: one.delta_norm, default=None)
+    return [*row, spark(largest.spectrum.values[:SHOWN]) if largest is not None and largest.spectrum else ""]
+
+
+def retention_table(found: Analysis) -> Group:
+    """What rounding leaves of the pair's update as a whole, over the grid of rank and alpha."""
+    from lox_stream.analysed import ROUNDINGS, retained
+
+    asked = found.asked
+    rows = [
+        [k, rounding, *(percent(retained(found.findings, k, alpha, rounding)) for alpha in asked.alphas)]
+        for k in asked.ranks
+        for rounding in ROUNDINGS
+    ]
+    columns = ["rank", "rounding", *(f"alpha {alpha:g}" for alpha in asked.alphas)]
+    return table_of("What rounding leaves of the whole update", columns, rows, right=(0, *range(2, len(columns))))

@@ -1,0 +1,101 @@
+"""`lox-stream analyze` as a command: tables, files, JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lox_stream import cli_analyze
+from lox_stream.synthetic import llama_shapes, write_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair"), llama_shapes(64, 96, 2, 128, 32))
+
+
+def lox(*words):
+    command = [sys.executable, "-m", "lox_stream", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def of(pair, *words):
+    return lox("analyze", "--base", pair[0], "--aligned", pair[1], *words)
+
+
+def test_the_examples_hold():
+    assert doctest.testmod(cli_analyze).failed == 0
+
+
+def test_tables_and_advice_are_shown_and_files_written(pair, tmp_path):
+    ran = of(pair, "--out", tmp_path / "new" / "analysis", "--finetuned", pair[1])
+    assert ran.returncode == 0, ran.stderr
+    assert "model.layers.*.mlp.up_proj.weight" in ran.stdout
+    assert "█" in ran.stdout
+    assert "They look like a pair" in ran.stdout
+    assert "R_ft / R_align is 1.000" in ran.stdout
+    found = json.loads((tmp_path / "new" / "analysis" / "analysis.json").read_text())
+    with (tmp_path / "new" / "analysis" / "analysis.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [one["name"] for one in found["matrices"]]
+    for row, one in zip(rows, found["matrices"], strict=True):
+        assert float(row["energy_6"]) == pytest.approx(one["energy"][5])
+        assert float(row["s_1"]) == one["singular_values"][0]
+        assert float(row["r_ft"]) == one["ours"]["r_ft"]
+    assert found["totals"]["robustness"]["reference"]["left"] == pytest.approx(1.0)
+
+
+def test_json_is_one_document_and_the_rank_and_alpha_are_in_the_grid(pair):
+    ran = of(pair, "--json", "--rank", "2", "--alpha", "0.7", "--ranks", "1,4", "--alphas", "1", "--only", "*up_proj*")
+    found = json.loads(ran.stdout)
+    assert len(found["matrices"]) == 2
+    cells = {(cell["rank"], cell["alpha"], cell["rounding"]) for cell in found["totals"]["retention"]}
+    assert cells == {(k, alpha, way) for k in (1, 2, 4) for alpha in (0.7, 1.0) for way in ("nearest", "stochastic")}
+    assert "*up_proj*" in found["options"]["only"]
+    assert found["copied"]["model.norm.weight"] == "skipped"
+
+
+def test_quiet_says_nothing(pair, tmp_path):
+    ran = of(pair, "--quiet", "--out", tmp_path / "out")
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("", "", 0)
+    assert (tmp_path / "out" / "analysis.json").exists()
+
+
+def test_an_analysis_is_never_replaced(pair, tmp_path):
+    (tmp_path / "analysis.json").write_text("mine")
+    ran = of(pair, "--out", tmp_path)
+    assert ran.returncode == 1
+    assert "analysis.json: is there already" in ran.stderr
+    assert (tmp_path / "analysis.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rank", "0"), "--rank 0: expected 1 or more"),
+        (("--ranks", "1,x"), "--ranks 1,x: expected numbers"),
+        (("--alphas", "1,1"), "names 1 twice"),
+        (("--alphas", "0,1"), "expected numbers other than 0"),
+        (("--alpha", "1,2"), "--alpha 1,2: expected one factor; the others go to --alphas"),
+        (("--values", "1000"), "--values 1000"),
+        (("--only", "*norm*"), "no matrix"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_usage_2(pair, words, said):
+    ran = of(pair, *words)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+
+
+def test_a_recipe_says_what_is_looked_at(pair, tmp_path):
+    (tmp_path / "mlp.toml").write_text('rank = 3\n[[group]]\nmatch = "*self_attn*"\nskip = true\n')
+    ran = of(pair, "--json", "--recipe", tmp_path / "mlp.toml")
+    found = json.loads(ran.stdout)
+    assert found["options"]["rank"] == 3
+    assert not any("self_attn" in one["name"] for one in found["matrices"])
