@@ -198,6 +198,20 @@ def _place_problems(out: Path, inputs: Mapping[str, Path]) -> list[str]:
     return problems
 
 
+def linked_problems(out: Path, inputs: Mapping[str, Iterable[Path]]) -> list[str]:
+    """Files of the inputs that links lead into the output folder to, whatever folder they are named in."""
+    real = out.resolve()
+    problems = []
+    for side, paths in inputs.items():
+        inside = [path for path in paths if path.resolve().is_relative_to(real)]
+        if inside:
+            problems.append(
+                f"{printable(out)}: holds files of {side}, to which links lead: {listing(map(str, inside))}; expected a "
+                "folder apart: inputs are never touched. Choose another --out"
+            )
+    return problems
+
+
 def nearest_folder(path: Path) -> Path:
     """The path itself, or the nearest parent that exists (links followed)."""
     path = path.absolute()

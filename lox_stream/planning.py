@@ -19,7 +19,7 @@ from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import listing, place_name, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
-from lox_stream.output_rules import is_finished, is_new, output_problems
+from lox_stream.output_rules import is_finished, is_new, linked_problems, output_problems
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.quantisation import quantised_tensors
 from lox_stream.regions import matrix_count, parts_of_each
@@ -122,6 +122,9 @@ def plan(
         if opened_aligned is not None:
             paths = [companion_path(opened_aligned, relative) for relative in opened_aligned.companions]
             problems.input += companion_problems(paths)
+        sides = {"base": opened_base, "aligned": opened_aligned}
+        opened = {side: _input_files(one) for side, one in sides.items() if one is not None}
+        problems.output += linked_problems(target, opened) if not found else []
     problems.throw()
     assert opened_base is not None, "what cannot be opened is a problem"
     assert opened_aligned is not None, "what cannot be opened is a problem"
@@ -144,6 +147,8 @@ def plan_all(
     As `plan`, but one that is finished already is no reason not to resume the others, nor one that is not there to
     repair them.
     """
+    for _, options in outputs:
+        check_options(options)
     in_parts = any(options.part for _, options in outputs)
     several = resume and (len(outputs) > 1 or in_parts)
     places = [folder_of_part(Path(out), options.part) for out, options in outputs]
@@ -160,6 +165,12 @@ def plan_all(
         )
         for (out, options), place, done in zip(outputs, places, finished, strict=True)
     ]
+
+
+def _input_files(checkpoint: Checkpoint) -> list[Path]:
+    """All that is read of an input."""
+    companions = [companion_path(checkpoint, relative) for relative in checkpoint.companions]
+    return [*(shard.path for shard in (*checkpoint.shards, *files_of(checkpoint))), *companions]
 
 
 def _as_written(step: Step, written: Checkpoint) -> Step:

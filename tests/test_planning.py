@@ -53,6 +53,20 @@ def test_a_plan_says_for_each_tensor_what_happens_and_why(pair, tmp_path):
     assert output_names(made) == output_names(made.aligned)
 
 
+@pytest.mark.parametrize("side", ["base", "aligned"])
+@pytest.mark.parametrize("ways", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+def test_inputs_that_links_lead_to_are_never_touched(pair, tmp_path, side, ways):
+    folder = pair[side == "aligned"]
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in folder.iterdir():
+        (linked / path.name).symlink_to(path)
+    given = (linked, pair[1]) if side == "base" else (pair[0], linked)
+    with pytest.raises(errors.OutputError, match=rf"holds files of {side}, to which links lead: .*inputs are never"):
+        plan(*given, folder, **ways)
+    assert plan(*given, tmp_path / "out").out == tmp_path / "out"
+
+
 def test_without_an_output_only_the_inputs_are_checked(pair):
     assert plan(str(pair[0]), str(pair[1])).out is None
 
