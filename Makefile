@@ -12,7 +12,7 @@ FUZZ ?=
 TORTURE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs compat examples torture torture-short fuzz kernels bench size wheel clean
+.PHONY: help demo test check docs compat examples browser torture torture-short fuzz kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -42,6 +42,11 @@ fuzz: $(VENV)/ready-dev ## a million damaged and hostile files, some ten minutes
 
 docs: $(VENV)/ready-dev ## run the examples of README.md and docs/
 	$(BIN)/pytest tests/test_docs.py
+
+browser: $(VENV)/ready-dev tests/browser-constraints.txt ## the report's page in Chromium, which is installed from Debian where it is not there
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
+	@$(BIN)/python $(PIP) install -c tests/browser-constraints.txt playwright
+	$(BIN)/pytest -m browser tests/test_report.py
 
 kernels: $(VENV)/ready-dev ## compile the GPU kernels for three processors, and hold them to their limits
 	$(BIN)/python benchmarks/compile_kernels.py

@@ -62,10 +62,6 @@ def _rank(changed: Sequence[Finding], asked: Asked) -> list[str]:
             f"{standing} directions stand out of what noise would give in the median matrix, with {held} of the "
             "energy: a rank beyond that extrapolates noise, too."
         )
-    told.append(
-        "Which rank is enough to be safe is no matter of energy: make the models of --ladder, and let a judge of "
-        "refusals score them."
-    )
     return told
 
 

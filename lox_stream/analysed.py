@@ -76,8 +76,7 @@ class Finding:
     @property
     def layer(self) -> int | None:
         """The first number in the tensor's name."""
-        found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", self.tensor)
-        return int(found[1]) if found else None
+        return layer_of(self.tensor)
 
     @property
     def module(self) -> str:
@@ -90,6 +89,16 @@ class Finding:
             if (cell.rank, cell.alpha, cell.rounding) == (rank, alpha, rounding):
                 return cell.retention
         return None
+
+
+def layer_of(name: str) -> int | None:
+    """The first number among the parts of a tensor's name.
+
+    >>> layer_of("model.layers.7.mlp.experts.12.up_proj.weight"), layer_of("lm_head.weight")
+    (7, None)
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -517,6 +517,7 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
         help="A model fine-tuned from aligned, or its LoRA adapter: what it left of the leading subspace.",
     ),
     option(FILES, "--out", type=FOLDER, metavar="DIR", help="Also write analysis.json and analysis.csv there."),
+    option(FILES, "--report", type=FOLDER, metavar="FILE", help="Also write a page to look at: one .html file."),
     DTYPE,
     RANK,
     option(
@@ -564,6 +565,7 @@ def _analyze(
     aligned: Path,
     finetuned: Path | None,
     out: Path | None,
+    report: Path | None,
     ranks: str,
     alphas: str,
     **given: Any,
@@ -592,6 +594,7 @@ def _analyze(
         aligned,
         finetuned,
         out,
+        report,
         replace(options, alpha=factors[0]),
         values,
         numbers(ranks, "--ranks", int, 1, 256),
@@ -601,6 +604,25 @@ def _analyze(
         flags["quiet"],
     )
     return carry_out(request)
+
+
+@commands.command("report")
+@click.argument("out", type=FOLDER, metavar="OUT")
+@click.option(
+    "--report", type=FOLDER, metavar="FILE", show_default="OUT-report.html, here", help="Where to write the page."
+)
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def _report(out: Path, report: Path | None, quiet: bool) -> int:
+    """Write one HTML file that shows what a finished run did, or what an analysis found.
+
+    \b
+    Examples:
+      lox-stream report llama-lox
+      lox-stream report analysis --report analysis.html
+    """
+    from lox_stream.cli_report import write_report
+
+    return write_report(out, report, quiet=quiet)
 
 
 @commands.command("doctor")

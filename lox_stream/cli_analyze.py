@@ -36,6 +36,7 @@ class Request:
     aligned: Path
     finetuned: Path | None
     out: Path | None
+    report: Path | None
     options: Options
     values: int
     ranks: tuple[int, ...]
@@ -50,6 +51,8 @@ def carry_out(request: Request) -> int:
     with Interruption(lambda: "stopped: nothing was written") as interruption:
         if request.out is not None:
             _require_room(request.out)
+        if request.report is not None:
+            require_new(request.report, "--report")
         from lox_stream.analysing import analyze
 
         with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
@@ -86,17 +89,39 @@ def _require_room(out: Path) -> None:
         raise OutputError(f"{printable(out)}: is a file, expected a folder, or a name for a new one")
 
 
-def _write(request: Request, found: Analysis) -> None:
-    if request.out is None:
-        return
-    from lox_stream.files import make_folder, replace_file
-    from lox_stream.recording import document_text, table_text
+def require_new(path: Path, option: str) -> None:
+    """A file that is not there, in a folder that is; nothing is replaced."""
+    if os.path.lexists(path):
+        raise OutputError(f"{option} {printable(path)}: is there already, expected a new file. Choose another name")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{option} {printable(path)}: has no folder, expected one that is there. Make it first")
 
-    make_folder(request.out)
-    for name, text in ((TABLE, table_text(found)), (DOCUMENT, document_text(found))):
-        replace_file(request.out / name, text.encode())
-        if not request.quiet:
-            click.echo(escaped(f"wrote {request.out / name}"), err=True)
+
+def _write(request: Request, found: Analysis) -> None:
+    if request.out is not None:
+        from lox_stream.files import make_folder
+        from lox_stream.recording import document_text, table_text
+
+        make_folder(request.out)
+        written(request.out / TABLE, table_text(found), quiet=request.quiet)
+        written(request.out / DOCUMENT, document_text(found), quiet=request.quiet)
+    if request.report is not None:
+        from lox_stream.journal import finite
+        from lox_stream.pages import page_of_analysis
+        from lox_stream.recording import document_of
+        from lox_stream.reporting import page_text
+
+        written(request.report, page_text(page_of_analysis(finite(document_of(found)))), quiet=request.quiet)
+
+
+def written(path: Path, text: str, *, quiet: bool) -> None:
+    """Write a file, and say so."""
+    from lox_stream.files import explained, replace_file
+
+    with explained(path, "write it", "Choose another folder, or change its permissions"):
+        replace_file(path, text.encode(errors="backslashreplace"))
+    if not quiet:
+        click.echo(escaped(f"wrote {path}"), err=True)
 
 
 def _show(found: Analysis) -> None:

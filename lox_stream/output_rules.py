@@ -206,8 +206,8 @@ def linked_problems(out: Path, inputs: Mapping[str, Iterable[Path]]) -> list[str
         inside = [path for path in paths if path.resolve().is_relative_to(real)]
         if inside:
             problems.append(
-                f"{printable(out)}: holds files of {side}, to which links lead: {listing(map(str, inside))}; expected a "
-                "folder apart: inputs are never touched. Choose another --out"
+                f"{printable(out)}: holds files of {side}, to which links lead: {listing(map(str, inside))}; expected "
+                "a folder apart: inputs are never touched. Choose another --out"
             )
     return problems
 

@@ -99,3 +99,28 @@ def test_a_recipe_says_what_is_looked_at(pair, tmp_path):
     found = json.loads(ran.stdout)
     assert found["options"]["rank"] == 3
     assert not any("self_attn" in one["name"] for one in found["matrices"])
+
+
+def test_a_page_is_written_of_an_analysis_and_of_a_run_and_nothing_is_replaced(pair, tmp_path):
+    assert of(pair, "--out", tmp_path / "found", "--report", tmp_path / "a.html", "--only", "*mlp*").returncode == 0
+    assert lox("run", "--base", pair[0], "--aligned", pair[1], "--out", tmp_path / "out").returncode == 0
+    for source, name in (("found", "b.html"), ("found/analysis.json", "c.html"), ("out", "d.html")):
+        ran = lox("report", tmp_path / source, "--report", tmp_path / name)
+        assert (ran.returncode, ran.stderr) == (0, f"wrote {tmp_path / name}\n")
+    assert (tmp_path / "b.html").read_text() == (tmp_path / "c.html").read_text() == (tmp_path / "a.html").read_text()
+    again = lox("report", tmp_path / "out", "--report", tmp_path / "d.html")
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
+
+
+def test_what_is_no_run_and_no_analysis_is_told(pair, tmp_path):
+    (tmp_path / "analysis.json").write_text('{"options": {}}')
+    for source, said in (
+        (tmp_path, "is no analysis of this version"),
+        (pair[0], "is not a finished output"),
+        ("x", "no such"),
+    ):
+        ran = lox("report", source, "--report", tmp_path / "page.html")
+        assert ran.returncode == 1
+        assert said in ran.stderr
+    assert not (tmp_path / "page.html").exists()
