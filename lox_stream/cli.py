@@ -518,6 +518,7 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     ),
     option(FILES, "--out", type=FOLDER, metavar="DIR", help="Also write analysis.json and analysis.csv there."),
     option(FILES, "--report", type=FOLDER, metavar="FILE", help="Also write a page to look at: one .html file."),
+    option(FILES, "--figures", type=FOLDER, metavar="DIR", help="Also draw figures for a paper, as PNG and SVG."),
     DTYPE,
     RANK,
     option(
@@ -566,6 +567,7 @@ def _analyze(
     finetuned: Path | None,
     out: Path | None,
     report: Path | None,
+    figures: Path | None,
     ranks: str,
     alphas: str,
     **given: Any,
@@ -595,6 +597,7 @@ def _analyze(
         finetuned,
         out,
         report,
+        figures,
         replace(options, alpha=factors[0]),
         values,
         numbers(ranks, "--ranks", int, 1, 256),

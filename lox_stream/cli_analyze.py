@@ -37,6 +37,7 @@ class Request:
     finetuned: Path | None
     out: Path | None
     report: Path | None
+    figures: Path | None
     options: Options
     values: int
     ranks: tuple[int, ...]
@@ -53,6 +54,11 @@ def carry_out(request: Request) -> int:
             _require_room(request.out)
         if request.report is not None:
             require_new(request.report, "--report")
+        if request.figures is not None:
+            from lox_stream.charts import need
+
+            need("matplotlib", "--figures")
+            _require_empty(request.figures)
         from lox_stream.analysing import analyze
 
         with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
@@ -69,6 +75,7 @@ def carry_out(request: Request) -> int:
                 cancel=interruption.cancel,
             )
         _write(request, found)
+        _draw(request, found)
         if request.as_json:
             from lox_stream.recording import document_of
 
@@ -87,6 +94,12 @@ def _require_room(out: Path) -> None:
         raise OutputError(f"{printable(out / there[0])}: is there already, expected none. Choose another --out")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{printable(out)}: is a file, expected a folder, or a name for a new one")
+
+
+def _require_empty(folder: Path) -> None:
+    """A folder that is new or empty: nothing is replaced."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputError(f"--figures {printable(folder)}: expected a new or empty folder. Choose another")
 
 
 def require_new(path: Path, option: str) -> None:
@@ -112,6 +125,19 @@ def _write(request: Request, found: Analysis) -> None:
         from lox_stream.reporting import page_text
 
         written(request.report, page_text(page_of_analysis(finite(document_of(found)))), quiet=request.quiet)
+
+
+def _draw(request: Request, found: Analysis) -> None:
+    if request.figures is None:
+        return
+    from lox_stream.figures import figures_of
+    from lox_stream.files import explained, make_folder
+
+    with explained(request.figures, "write figures there", "Choose another folder, or change its permissions"):
+        make_folder(request.figures)
+        for path in figures_of(found, request.figures):
+            if not request.quiet:
+                click.echo(escaped(f"wrote {path}"), err=True)
 
 
 def written(path: Path, text: str, *, quiet: bool) -> None:

@@ -113,6 +113,18 @@ def test_a_page_is_written_of_an_analysis_and_of_a_run_and_nothing_is_replaced(p
     assert "is there already" in again.stderr
 
 
+def test_figures_are_drawn_into_a_new_folder(pair, tmp_path):
+    assert of(pair, "--figures", tmp_path / "figures", "--quiet").returncode == 0
+    names = ("energy", "layers", "retention", "spectra")
+    drawn = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert drawn == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert all((tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    assert "mlp.up_proj" in (tmp_path / "figures" / "energy.svg").read_text()
+    again = of(pair, "--figures", tmp_path / "figures")
+    assert again.returncode == 1
+    assert "expected a new or empty folder" in again.stderr
+
+
 def test_what_is_no_run_and_no_analysis_is_told(pair, tmp_path):
     (tmp_path / "analysis.json").write_text('{"options": {}}')
     for source, said in (
