@@ -63,7 +63,7 @@ def _lines(axes: Any, findings: Sequence[Finding], values: Callable[[Finding], S
         length = min(map(len, series))
         middle = [median(one[k] for one in series) for k in range(length)]
         axes.plot(range(1, length + 1), middle, color=f"C{i}", linewidth=1, label=_label(module))
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.legend(fontsize=5, frameon=False)
 
 
@@ -107,6 +107,8 @@ def _retention(axes: Any, found: Analysis, findings: Sequence[Finding]) -> None:
 
 
 def _layers(axes: Any, found: Analysis, findings: Sequence[Finding]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     k = found.asked.options.rank
     layered = [one for one in findings if one.layer is not None] or list(findings)
     modules = list(dict.fromkeys(one.module for one in layered))
@@ -121,5 +123,6 @@ def _layers(axes: Any, found: Analysis, findings: Sequence[Finding]) -> None:
     drawn = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(modules)), [_label(module) for module in modules], fontsize=6)
     axes.tick_params(labelsize=6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer", fontsize=8)
     axes.figure.colorbar(drawn, ax=axes).set_label(f"energy in {k} directions", fontsize=7)
