@@ -167,3 +167,30 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(output, tmp_path, stop
     run(tmp_path / "out", "--resume")
     assert weight_bytes(tmp_path / "out") == weight_bytes(output)
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_analyze_is_the_formulas_in_float64(output):
+    """On every seventh matrix; the LoX model stands for what came after alignment."""
+    from lox_stream import analyze
+
+    found = analyze(BASE, ALIGNED, finetuned=output)
+    base, aligned, later = map(oracle.Weights, (BASE, ALIGNED, output))
+    chosen = found.findings[::7]
+    assert len(chosen) > 20
+    for one in chosen:
+        w0, w1, w2 = (side[one.tensor].double() for side in (base, aligned, later))
+        u, s, _ = torch.linalg.svd(w1 - w0, full_matrices=False)
+        shares = s.square() / s.square().sum()
+        assert one.spectrum.values == pytest.approx(s[:32].tolist(), rel=1e-6)
+        assert one.spectrum.curve == pytest.approx(shares.cumsum(0)[:32].tolist(), rel=1e-6)
+        assert one.entropy_rank[0] == pytest.approx(float((-(shares * shares.log()).nansum()).exp()), rel=1e-5)
+        assert one.delta_norm / one.weight_norm == pytest.approx(float(s.norm() / w1.norm()), rel=1e-6)
+        for delta, r in ((w1 - w0, one.ours.align), (w2 - w0, one.ours.finetuned)):
+            assert r == pytest.approx(float((u[:, :RANK].T @ delta).norm() / delta.norm()), rel=1e-5)
+        if one.reference is not None:
+            first, second = w1.bfloat16() - w0.bfloat16(), w2.bfloat16() - w1.bfloat16()
+            left = torch.linalg.svd(first.double(), full_matrices=False)[0][:, :100]
+            for delta, r in ((first, one.reference.align), (first + second, one.reference.finetuned)):
+                exact = float((left.T @ delta.double()).norm() / delta.double().norm())
+                assert r == pytest.approx(exact, rel=1e-5)
+    assert found.findings[0].ours.finetuned > found.findings[0].ours.align, "LoX adds to the leading directions"
