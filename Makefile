@@ -26,7 +26,7 @@ compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, 
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
 
 examples: .venv-compat/ready .venv-llmcompressor/ready ## examples/toolchains with the real other programs; models on a hub, in buckets, on the web
-	.venv-compat/bin/pytest -m examples tests/test_toolchains.py tests/test_hub.py tests/test_cloud.py
+	.venv-compat/bin/pytest -m examples tests/test_toolchains.py tests/test_hub.py tests/test_cloud.py tests/test_streaming.py
 	.venv-llmcompressor/bin/pytest -m examples tests/test_toolchains.py tests/test_hub.py
 
 torture: $(VENV)/ready-dev ## runs killed, without power, disk, memory or inputs, for half an hour; TORTURE="--help" lists the options
@@ -98,10 +98,10 @@ $(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
-	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, obstore and moto into .venv-compat"
+	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, ml_dtypes, obstore and moto into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
 	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers peft compressed-tensors mergekit gguf obstore boto3 "moto[server]" pytest
+	  torch transformers diffusers peft compressed-tensors mergekit gguf ml_dtypes obstore boto3 "moto[server]" pytest
 	@touch $@
 
 .venv-llmcompressor/ready: constraints.txt tests/llmcompressor-constraints.txt pyproject.toml

@@ -88,11 +88,13 @@ def execute_all(
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
     source: Source | None = None,
+    batch_s: float | None = None,
 ) -> list[Summary]:
     """`execute` for several outputs of one pair: every tensor is read and solved once, and written to each.
 
     The plans differ in `out`, and of their options in `alpha` and `form` alone; the first one's say how it is computed.
-    `source` is what brings the weights here, of models that `reaching.reached` has laid out.
+    `source` is what brings the weights here, of models that `reaching.reached` has laid out. What is finished is synced
+    and journalled after `batch_s`, by default 30 seconds or 1 GiB.
     """
     if any(plan.out is None for plan in plans):
         raise OptionError("the plan has no output folder, expected plan(base, aligned, out)")
@@ -118,6 +120,7 @@ def execute_all(
                         resume=resume,
                         overwrite=overwrite,
                         look=_Looking(plan, progress, cancel) if repair and not _is_made_new(plan, plans) else None,
+                        batch_s=batch_s,
                     )
                 ),
             )

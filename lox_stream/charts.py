@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lox_stream.errors import OptionError
+from lox_stream.installed import way_to
 
 if TYPE_CHECKING:
     from lox_stream.comparing import Measured
@@ -37,7 +38,7 @@ def check_file(path: Path, option: str) -> None:
 def need(package: str, option: str) -> None:
     """Raise OptionError where an optional package is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise OptionError(f"{option} needs {package}, which is not installed: pip install 'lox-stream[bench]'")
+        raise OptionError(f"{option} needs {package}, which is not installed: {way_to('bench')}")
 
 
 def panels(rows: Sequence[Measured]) -> dict[str, dict[str, list[tuple[float, float]]]]:

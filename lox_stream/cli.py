@@ -27,6 +27,7 @@ from lox_stream.cli_options import (
     ON_NONFINITE,
     ON_THE_WAY,
     OUT,
+    PLACES,
     RANK,
     RECIPE,
     RENAME,
@@ -120,7 +121,7 @@ def commands() -> None:
         type=FOLDER,
         required=True,
         metavar="DIR",
-        help="The model after alignment, or its LoRA adapter.",
+        help="The model after alignment, or its LoRA adapter: in the same places.",
     ),
     option(
         FILES,
@@ -215,7 +216,14 @@ def _run(
 @commands.command("adapter")
 @with_options(
     BASE,
-    option(FILES, "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model after alignment."),
+    option(
+        FILES,
+        "--aligned",
+        type=FOLDER,
+        required=True,
+        metavar="DIR",
+        help="The model after alignment, in the same places.",
+    ),
     option(FILES, "--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the adapter, new or empty."),
     option(
         FILES,
@@ -275,8 +283,22 @@ def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target
 
 @commands.command("apply")
 @with_options(
-    option(FILES, "--adapter", type=FOLDER, required=True, metavar="DIR", help="A LoRA adapter, as PEFT saves it."),
-    option(FILES, "--aligned", type=FOLDER, required=True, metavar="DIR", help="The model that the adapter changes."),
+    option(
+        FILES,
+        "--adapter",
+        type=FOLDER,
+        required=True,
+        metavar="DIR",
+        help=f"A LoRA adapter, as PEFT saves it: {PLACES}.",
+    ),
+    option(
+        FILES,
+        "--aligned",
+        type=FOLDER,
+        required=True,
+        metavar="DIR",
+        help="The model that the adapter changes, in the same places.",
+    ),
     OUT,
     SCRATCH,
     DTYPE,
@@ -427,7 +449,7 @@ def _verify(out: Path, base: Path | None, aligned: Path | None, sample: int, see
     from lox_stream.cli_verify import check_output
     from lox_stream.hub import local
 
-    inputs = (local(base), local(aligned)) if base is not None and aligned is not None else None
+    inputs = (local(base, shown=True), local(aligned, shown=True)) if base is not None and aligned is not None else None
     return check_output(out, inputs, count=sample, seed=seed, as_json=as_json)
 
 
@@ -461,7 +483,7 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     """Compare the solvers that one would pick for a truncated SVD, on matrices of this pair.
 
     Each is judged by the float64 result: what share of the output's elements is bit-identical, and what that costs.
-    Nothing is written but the files that are asked for. Some solvers need `pip install 'lox-stream[bench]'`.
+    Nothing is written but the files that are asked for. Some solvers need packages of the extra [bench], and say so.
 
     \b
     Examples:
@@ -479,8 +501,8 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
     if not given["limit"] > 0:
         raise OptionError(f"--limit is {given['limit']}, expected more than 0 seconds")
     request = Request(
-        base=local(base),
-        aligned=local(aligned),
+        base=local(base, shown=True),
+        aligned=local(aligned, shown=True),
         tensors=tensors,
         ranks=numbers(given["rank"], "--rank", int, 1, 1 << 20),
         solvers=tuple(dict.fromkeys(name for name in given["solvers"].split(",") if name)),

@@ -18,7 +18,7 @@ def look(path: Path, recipe: Path | None, *, split_fused: bool, as_json: bool) -
     with Interruption(lambda: "stopped"), planned_first(path) as headers:
         options = Options() if recipe is None else Options(**read_recipe(recipe))
         options = replace(options, split_fused=options.split_fused or split_fused)
-        seen = inspect_checkpoint(local(path) if headers is None else headers[0], options)
+        seen = inspect_checkpoint(local(path, shown=True) if headers is None else headers[0], options)
         seen = replace(seen, path=path) if headers is not None else seen
         if as_json:
             echo_json(inspection_summary(seen))

@@ -101,7 +101,8 @@ def alphas_of(text: str) -> tuple[float, ...]:
 FILES, METHOD, TENSORS = "Models", "Method", "Tensors"
 PAIRS, MACHINE, WAYS, SPEAKING = "Pairs that do not match", "Machine", "Going on, and over", "What is said"
 
-BASE = option(FILES, "--base", type=FOLDER, required=True, metavar="DIR", help="The model before alignment.")
+PLACES = "a folder, org/name[@revision] on the hub, s3:// or https://"  # of models
+BASE = option(FILES, "--base", type=FOLDER, required=True, metavar="DIR", help=f"The model before alignment: {PLACES}.")
 OUT = option(FILES, "--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the result, new or empty.")
 MAX_SHARD_SIZE = option(
     FILES,

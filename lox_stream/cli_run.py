@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import click
 
 from lox_stream.adapters import is_adapter
 from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError, reworded
-from lox_stream.hub import is_hub_id, lies_elsewhere, local, planned_first, prepared, push
+from lox_stream.hub import hushed, is_hub_id, lies_elsewhere, local, planned_first, prepared, push
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import address_of, listing, place_name, printable
 from lox_stream.options import Options
@@ -153,6 +153,8 @@ def carry_out(request: Request, push_to: str | None = None) -> int:
     machine = parse_machine(request.assume)
     _require_sensible_places(request, push_to)
     with Interruption(lambda: _stopped(request)) as interruption, ExitStack() as stack:
+        if request.quiet and any(is_hub_id(path) for path in (request.base, request.aligned)):
+            stack.enter_context(hushed())
         reached, scratch = _reached(request, stack)
         stack.enter_context(named(reached))
         request = replace(request, base=reached.base, aligned=reached.aligned)
@@ -194,7 +196,8 @@ def _pushed(request: Request, name: str, code: int) -> None:
         warn([f"not pushed to {printable(name)}: {reason}. To push it nevertheless: {again}"])
         return
     try:
-        address = push(folder, name)
+        with hushed() if request.quiet else nullcontext():
+            address = push(folder, name)
     except LoxError as error:
         text = f"{error}\nThe output itself is finished. Push it with: {again}"
         raise reworded(error, text) from error
@@ -289,8 +292,12 @@ def _by_cache(request: Request, stack: ExitStack) -> Reached:
             _plans(replace(request, base=seen.base, aligned=seen.aligned))
     if not request.quiet:
         names = [str(path) for path in (request.base, request.aligned) if is_hub_id(path)]
-        click.echo(escaped(f"fetching {' and '.join(names)} from the hub, as far as the cache lacks it"), err=True)
-    return Reached(local(request.base), local(request.aligned), ("", ""))
+        fetching = (
+            f"fetching {' and '.join(names)} from the hub, as far as the cache lacks it, and checking what is new"
+        )
+        click.echo(escaped(fetching), err=True)
+    base, aligned = (local(path, shown=not request.quiet) for path in (request.base, request.aligned))
+    return Reached(base, aligned, ("", ""))
 
 
 def _still_to_do(request: Request, made: Plan) -> Plan:

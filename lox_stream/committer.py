@@ -20,11 +20,13 @@ STOP_BYTES = 256 << 20  # a run that is stopped syncs no more than this: about a
 class Committer:
     """Takes finished tensors from any thread; see `put`, `check`, `finish`.
 
-    What is finished when `trusted()` says no is not recorded: a resumed run makes it again.
+    What is finished when `trusted()` says no is not recorded: a resumed run makes it again. A batch is `batch_s` long,
+    None: BATCH_S.
     """
 
-    def __init__(self, journal: Journal, trusted: Callable[[], bool]) -> None:
+    def __init__(self, journal: Journal, trusted: Callable[[], bool], batch_s: float | None = None) -> None:
         self._journal, self._trusted = journal, trusted
+        self._batch_s = BATCH_S if batch_s is None else batch_s
         self._queue: list[tuple[TensorFacts, Place]] = []
         self._held_bytes = 0  # queued, or in the batch that is being synced
         self._ending = self._stopping = False
@@ -83,7 +85,7 @@ class Committer:
             batch += new
             if ending or not new:
                 return batch, ending
-            due_s = due_s or time.monotonic() + BATCH_S
+            due_s = due_s or time.monotonic() + self._batch_s
         return batch, False
 
     def _commit(self, batch: list[tuple[TensorFacts, Place]]) -> None:

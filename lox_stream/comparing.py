@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lox_stream.c_library import c_function
 from lox_stream.contenders import Contender, Found, Problem
+from lox_stream.installed import way_to
 from lox_stream.kernels import lowrank_update
 from lox_stream.recomputing import BITS, rounded_once
 from lox_stream.reference import Bands, Leading
@@ -179,7 +180,7 @@ def _is_quick(elapsed_s: float, work: Callable[[], tuple[Found, float]]) -> bool
 
 def _excluded(contender: Contender, case: Case, limit_s: float) -> str:
     if not contender.installed:
-        return f"needs {contender.needs}: pip install 'lox-stream[bench]'"
+        return f"needs {contender.needs}: {way_to('bench')}"
     expected_s = contender.cubic_flops(*case.delta.w1.shape) / (CORE_FLOPS * (os.cpu_count() or 1))
     contender.load()
     if expected_s > limit_s:

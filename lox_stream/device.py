@@ -13,6 +13,7 @@ import torch
 from lox_stream.cards import CudaCard
 from lox_stream.costs import CARD_MOST, CARD_SHARE
 from lox_stream.errors import DeviceError
+from lox_stream.installed import way_to
 from lox_stream.kernels import on_gpu
 from lox_stream.on_card import Cards, OnCard
 from lox_stream.options import Options, is_gpu
@@ -111,7 +112,7 @@ def driver() -> str:
 def without_triton(index: int) -> str:
     """Why the kernels in Triton cannot be used, in words; nothing where they can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; lox-stream[gpu] has it"
+        return f"Triton is not installed. The extra [gpu] has it: {way_to('gpu')}"
     from lox_stream.kernels.gpu.working import why_not
 
     with torch.cuda.device(index):

@@ -15,19 +15,8 @@ import torch
 from lox_stream import files
 from lox_stream.device import driver, missing, without_triton
 from lox_stream.errors import OutputError
-from lox_stream.installed import Finding
-from lox_stream.journal import version
+from lox_stream.installed import Finding, extras
 
-EXTRAS = {
-    "hub": ("models on the hub", ("huggingface_hub",)),
-    "cloud": ("s3:// and https:// addresses", ("obstore", "boto3")),
-    "peft": ("adapters in PEFT", ("peft", "transformers")),
-    "mergekit": ("lox-mergekit", ("mergekit",)),
-    "gguf": ("GGUF files", ("gguf",)),
-    "ray": ("run --ray", ("ray",)),
-    "bench": ("all solvers of bench", ("scipy", "scikit-learn", "matplotlib", "plotext")),
-    "gpu": ("kernels on a GPU", ("triton",)),
-}
 TRIED_BYTES = 256 << 20
 PIECE_BYTES = 8 << 20
 SLOW = 200e6  # bytes a second of a disk, below which it is all that a run waits for
@@ -41,8 +30,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     yield _cores()
     yield _memory()
     yield from _gpu()
-    for extra, (what, packages) in EXTRAS.items():
-        yield _extra(extra, what, packages)
+    yield from extras()
     yield from _disk(folder)
 
 
@@ -78,15 +66,6 @@ def _gpu() -> Iterator[Finding]:
         broken = without_triton(index)
         way_out = "Or compute with the kernels of torch, which are slower: --kernels torch" if broken else ""
         yield Finding(f"Triton on GPU {index}", "note" if broken else "ok", broken or "compiles", way_out)
-
-
-def _extra(extra: str, what: str, packages: tuple[str, ...]) -> Finding:
-    lacking = [package for package in packages if version(package) == "unknown"]
-    if lacking:
-        return Finding(
-            f"[{extra}]", "note", f"{what}: without {', '.join(lacking)}", f"pip install {' '.join(lacking)}"
-        )
-    return Finding(f"[{extra}]", "ok", f"{what}: {', '.join(f'{name} {version(name)}' for name in packages)}")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.errors import CheckpointError, OptionError
+from lox_stream.hub import local
 from lox_stream.matching import Step
 from lox_stream.names import listing
 from lox_stream.options import Options
@@ -20,9 +21,9 @@ from lox_stream.tensors import extrapolate_tensor
 class LoxConverter:
     """Extrapolates the tensors of each shard on its way: `Converter` of compressed_tensors.entrypoints.convert.
 
-    `aligned` is the model that is converted, `base` the one before alignment; both are opened and held against each
-    other here, with the errors of `plan`. A tensor comes out as `run` writes it; those that `run` copies stay as they
-    are. Works on a shard at a time and on several of them at once, in any order.
+    `aligned` is the model that is converted, `base` the one before alignment, folders or names on the hub; both are
+    opened and held against each other here, with the errors of `plan`. A tensor comes out as `run` writes it; those
+    that `run` copies stay as they are. Works on a shard at a time and on several of them at once, in any order.
 
         convert_checkpoint("aligned", "out", [LoxConverter("base", "aligned"), quantiser])
     """
@@ -30,7 +31,7 @@ class LoxConverter:
     def __init__(self, base: str | Path, aligned: str | Path, *, options: Options = DEFAULTS) -> None:
         if options.form != "weights" or options.dtype != "same":
             raise OptionError("form and dtype are for the files that lox-stream writes, expected their defaults")
-        made = plan(base, aligned, options=options)
+        made = plan(local(base), local(aligned), options=options)
         quantised = [step.name for step in made.steps if step.scaled is not None or step.base_scaled is not None]
         if quantised:
             raise CheckpointError(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from lox_stream.errors import LoxError, OptionError
+from lox_stream.installed import way_to
 from lox_stream.options import Options
 from lox_stream.tensors import extrapolate_tensor
 
 MISSING = (
-    "mergekit is not installed, or older than 0.1.5; expected it. Install it, which is the extra [mergekit]: "
-    "pip install 'mergekit>=0.1.5,<0.2'"
+    "mergekit is not installed, or of a version that does not fit; expected it. Install it, which is the extra "
+    "[mergekit]: " + way_to("mergekit")
 )
 
 
@@ -25,7 +27,7 @@ def lox_method() -> Any:
     try:
         from mergekit.merge_methods import BasePolicy, InputContract, OptionalTensorPolicy, TensorGroup, merge_method
     except ImportError as error:
-        raise LoxError(MISSING) from error
+        raise LoxError(f"{MISSING}\nPython says: {error}") from error
 
     def lox(group: TensorGroup, rank: int = 6, alpha: float = 1.25) -> torch.Tensor:
         base, aligned = group.base.tensor, group.non_base[0].tensor
@@ -49,7 +51,10 @@ def lox_method() -> Any:
 
 def main() -> None:
     """The console script: `mergekit-yaml` that knows the method `lox`."""
-    method = lox_method()
+    try:
+        method = lox_method()
+    except LoxError as error:
+        sys.exit(f"error: {error}")
     from mergekit.merge_methods import register
     from mergekit.scripts.run_yaml import main as run_yaml
 

@@ -1,5 +1,5 @@
-"""Models on the hub: planned from their headers, then downloaded by huggingface_hub into its own cache, or fetched
-shard by shard (`scratch_disk`).
+"""Models on the hub: planned from their headers, then downloaded by huggingface_hub into its own cache and checked
+there (`hub_cache`), or fetched shard by shard (`scratch_disk`).
 
 `org/name`, or `org/name@revision`, may stand wherever the command takes a folder. What is already in the cache is not
 downloaded again; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere.
@@ -10,24 +10,37 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lox_stream.errors import CheckpointError, LoxError, OutputError
+from lox_stream.hub_cache import promised_offline, wrong_files
+from lox_stream.installed import way_to
 from lox_stream.journal import version
 from lox_stream.manifest import read_manifest
 from lox_stream.names import address_of, listing, printable, without_secrets
 from lox_stream.objects import files_at
 from lox_stream.output_rules import MANIFEST
-from lox_stream.remote import OTHERS, RemoteFile, first_line, lay_out, tells_by_headers, wanted
+from lox_stream.remote import (
+    FIRST_PAUSE_S,
+    OTHERS,
+    TRIES,
+    RemoteFile,
+    first_line,
+    lay_out,
+    tells_by_headers,
+    wanted,
+)
 
+T = TypeVar("T")
 MISSING = (
     "huggingface_hub is not installed; expected it for models on the hub. Install it, which is the extra [hub]: "
-    "pip install huggingface_hub"
+    + way_to("hub")
 )
 ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
@@ -88,15 +101,46 @@ def is_offline() -> bool:
 
 def files_of(name: str | Path) -> list[RemoteFile]:
     """The files of a model on the hub, of one commit of it. Raises CheckpointError."""
+    return _files_of(name)[1]
+
+
+def _files_of(name: str | Path) -> tuple[str, list[RemoteFile]]:
+    """The commit, and its files."""
     hub, (repo, revision) = _library(), _parts(str(name))
     with _explained(hub, repo, revision):
-        info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = _patiently(lambda: hub.HfApi().model_info(repo, revision=revision, files_metadata=True), _is_busy)
     found = []
     for one in info.siblings:
         remote = _Remote(hub, repo, revision, hub.hf_hub_url(repo, one.rfilename, revision=info.sha))
         sha256 = one.lfs.sha256 if one.lfs is not None else ""
         found.append(RemoteFile(one.rfilename, remote.url, one.size or 0, remote.read, sha256=sha256))
-    return wanted(found)
+    return info.sha, wanted(found)
+
+
+def _patiently(ask: Callable[[], T], may_pass: Callable[[BaseException], bool]) -> T:
+    """What a call of huggingface_hub returns, made again where that may help."""
+    for attempt in range(TRIES - 1):
+        try:
+            return ask()
+        except Exception as error:  # its HTTP library differs between versions
+            if not may_pass(error):
+                raise
+        time.sleep(FIRST_PAUSE_S * 2**attempt)
+    return ask()
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    """Whether a server's answer, somewhere behind this error, was that it may have time later."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status in BUSY or (error is not None and _is_busy(error.__cause__))
+
+
+def _has_broken(error: BaseException | None) -> bool:
+    """The same, or that a connection broke; not where the hub said no, nor where this machine did."""
+    if error is None or _is_busy(error):
+        return True
+    of_machine = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
+    return not of_machine and getattr(error, "response", None) is None and _has_broken(error.__cause__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +170,57 @@ class _Remote:
         return found
 
 
-def downloaded(name: str | Path) -> Path:
-    """The model's folder in the cache of huggingface_hub, with what is missing of it downloaded.
+def downloaded(name: str | Path, *, shown: bool = False) -> Path:
+    """The model's folder in the cache of huggingface_hub, with what is missing of it downloaded, and checked.
 
-    Of weights those in safetensors where there are any, else pytorch_model.bin. Raises CheckpointError: no such model,
-    a gated one, no network, and whatever the hub says.
+    Of weights those in safetensors where there are any, else pytorch_model.bin. A file whose bytes are not those that
+    the hub promises is downloaded once more. `shown`: with the progress bars of huggingface_hub. Raises
+    CheckpointError: no such model, a gated one, no network, wrong bytes, and whatever the hub says.
     """
     hub, (repo, revision) = _library(), _parts(str(name))
-    with _explained(hub, repo, revision):
-        if hub.constants.HF_HUB_OFFLINE:  # nobody knows what the hub has: what we would not have fetched may be missing
-            return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=[*OTHERS, ".*", *OF_TORCH]))
-        names = [file.name for file in files_of(name)]
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=names))
+
+    def fetch(**which: Any) -> Path:
+        with _explained(hub, repo, revision), nullcontext() if shown else hushed():
+            return Path(_patiently(lambda: hub.snapshot_download(repo, revision=revision, **which), _has_broken))
+
+    if is_offline():  # nobody knows what the hub has: what we would not have fetched may be missing
+        folder = fetch(ignore_patterns=[*OTHERS, ".*", *OF_TORCH])
+        wrong = wrong_files(folder, promised_offline(folder))
+        way_out = "The cache is damaged. Run once with a connection, which downloads them again"
+    else:
+        commit, found = _files_of(name)
+        folder = fetch(allow_patterns=[_literal(file.name) for file in found])
+        missing = any(not (folder / file.name).is_file() for file in found)
+        if missing or folder.name != commit:  # huggingface_hub gives what it has where the hub does not answer
+            problem = "the hub's files changed while they were fetched, or it did not answer. Try again"
+            raise CheckpointError([f"{printable(name)}: {problem}"])
+        promised = {file.name: file.sha256 for file in found if file.sha256}
+        wrong = wrong_files(folder, promised)
+        if wrong:
+            fetch(allow_patterns=[_literal(name) for name in wrong], force_download=True)
+            wrong = wrong_files(folder, {name: promised[name] for name in wrong})
+        way_out = "A second download did not help: they are damaged there, or on the way. Try again, or another network"
+    if wrong:
+        problem = f"{listing(wrong)}: the bytes are not what was promised (sha256), expected the same. {way_out}"
+        raise CheckpointError([f"{printable(name)}: {problem}"])
+    return folder
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """huggingface_hub without its progress bars and warnings, in all threads."""
+    hub = _library()
+    utils, free = hub.utils, hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    bars, verbosity = free and not utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
+    if bars:
+        utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if bars:
+            utils.enable_progress_bars()
 
 
 def _parts(name: str) -> tuple[str, str | None]:
@@ -152,6 +235,7 @@ def _library() -> Any:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise LoxError(MISSING) from error
     return huggingface_hub
@@ -199,8 +283,8 @@ def planned_first(*paths: Path) -> Iterator[list[Path] | None]:
         yield None if None in found else [path for path in found if path is not None]
 
 
-def local(path: str | Path) -> Path:
-    """The folder that a path names, which for a model on the hub is its folder in the cache.
+def local(path: str | Path, *, shown: bool = False) -> Path:
+    """The folder that a path names, which for a model on the hub is its folder in the cache (`downloaded`).
 
     Raises CheckpointError for an address, of which only shards that are in work are fetched.
     """
@@ -209,7 +293,7 @@ def local(path: str | Path) -> Path:
             "is an address, which `run`, `adapter`, `apply` and `inspect` read; expected a folder here. Copy it first"
         )
         raise CheckpointError([f"{without_secrets(address)}: {problem}"])
-    return downloaded(path) if is_hub_id(path) else Path(path)
+    return downloaded(path, shown=shown) if is_hub_id(path) else Path(path)
 
 
 def prepared(name: str) -> str:

@@ -18,6 +18,7 @@ from lox_stream.adapters import CONFIG as ADAPTER
 from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lox_stream.companions import OWN_FILES
 from lox_stream.errors import CheckpointError, LoxError, OutputError
+from lox_stream.installed import way_to
 from lox_stream.layout import INDEX_SUFFIX
 from lox_stream.names import is_plain_relative, printable, without_secrets
 from lox_stream.remote import PIECE_BYTES, RemoteFile, first_line, wanted
@@ -25,7 +26,11 @@ from lox_stream.shards import parse_json
 
 MISSING = (
     "obstore is not installed; expected it for s3:// and https:// addresses. Install it, which is the extra [cloud]: "
-    "pip install obstore boto3"
+    + way_to("cloud")
+)
+NO_PROFILES = (
+    "boto3 is not installed; expected it for the profile that AWS_PROFILE names. Install it, which is in the extra "
+    "[cloud], or set AWS_ACCESS_KEY_ID and its kin: " + way_to("cloud")
 )
 CLIENT = {"timeout": "2 minutes", "connect_timeout": "20 seconds"}  # of one request, which is for 8 MiB at most
 RETRIES = {"max_retries": 2, "retry_timeout": timedelta(minutes=2)}  # of a request; `RemoteFile.read` asks again, too
@@ -190,7 +195,9 @@ def _profile() -> dict[str, Any]:
         import boto3
         from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
+    except ImportError as error:
+        if os.environ.get("AWS_PROFILE"):
+            raise LoxError(NO_PROFILES) from error
         return {}
     try:
         session = boto3.Session()

@@ -3,8 +3,8 @@
     driver: plan --parts--> nodes: carry_out, each with its folder, journal and lock --all of them--> a node: finish
 
 All state lies in the shared output. A task whose node or process dies is begun again on another node and goes on from
-the part's journal, so that what is lost are the tensors that were in work. The plan is made once, by the driver, and
-every node carries out that one.
+the part's journal, which follows the work closely, so that what is lost are the tensors that were in work. The plan is
+made once, by the driver, and every node carries out that one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lox_stream.api import Progress, Summary, execute_all
 from lox_stream.device import settled
 from lox_stream.errors import Cancelled, DeviceError, InUseError, LoxError, OptionError
 from lox_stream.finishing import finish
+from lox_stream.installed import way_to
 from lox_stream.options import Options, is_gpu
 from lox_stream.output_rules import is_finished
 from lox_stream.pipeline import thread_count
@@ -34,11 +35,12 @@ from lox_stream.sharing import folder_of_part
 from lox_stream.spreading import Reach, part_of, parts_of, reached, require_seen
 
 LOCAL = "local"  # a cluster of this machine alone, for this run
-MISSING = "ray is not installed; expected it for --ray. Install it, which is the extra [ray]: pip install 'ray>=2.40'"
+MISSING = "ray is not installed; expected it for --ray. Install it, which is the extra [ray]: " + way_to("ray")
 RETRIES = 16  # times that a part's node or process may die
 PATIENCE_S = 120.0  # for the lock of a process that was killed: servers of NFS keep one for 90 s
 TELL_EVERY_S, POLL_S = 0.5, 0.2
 REACHED_S = 10.0
+BATCH_S = 0.0  # what finishes while the last tensors are synced is synced next: a node that dies had no more in hand
 LAST_S = 0.8  # for tasks that are stopped, within the patience of `signals`
 OBJECT_BYTES = 256 << 20  # of shared memory for objects of Ray, which are plans here
 
@@ -246,7 +248,7 @@ def carry_out(wholes: Sequence[Plan], part: str, board: Any) -> list[Summary | N
     mine = [made for made in plans if made is not None]
     for made in mine:
         require_seen(made, socket.gethostname())
-    done = iter(execute_all(mine, resume=True, progress=_Teller(board, part)))
+    done = iter(execute_all(mine, resume=True, progress=_Teller(board, part), batch_s=BATCH_S))
     return [None if made is None else next(done) for made in plans]
 
 

@@ -92,7 +92,8 @@ def compute(
     """Carry out the steps and yield each as it finishes, or `in_order`, with ticks in between.
 
     `place(step)` makes the target. `held_bytes(step)` is what the target keeps in memory until the caller asks for
-    the event after it. Setting `stop` raises Cancelled at the next tile; closing the generator stops too. Our own
+    the event after it. Setting `stop` raises Cancelled at the next tile, and ends the threads though nobody asks for
+    another event; closing the generator stops too. Our own
     buffers stay within `options.memory_bytes`, except that one job is always admitted.
     """
     way = Way({step.name: step for step in steps}, options, place)
@@ -136,6 +137,7 @@ def compute_all(
             lambda: events.put(_Fetched()),
             lambda error: events.put(_Failed(error)),
             source,
+            stop,
         )
         try:
             following = 0

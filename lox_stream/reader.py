@@ -29,6 +29,7 @@ from lox_stream.planning import Step
 from lox_stream.regions import Region
 
 READ_AGAIN = "Check the disk; what is finished is kept, go on with --resume"
+_WAKE_S = 0.2
 CHUNK_BYTES = 1 << 18  # stays in a core's cache, where the copy is not missed
 
 TORCH_DTYPES = {
@@ -117,6 +118,7 @@ class Prefetch:
 
     At most `window_bytes` are fetched and not yet released; a larger job is fetched alone. After each job `fetched()`
     is called, or once `failed(error)`; both from a thread of this class. A `source` is waited for before each job.
+    Setting `stop` ends the thread, as `close` does.
     """
 
     def __init__(
@@ -126,8 +128,9 @@ class Prefetch:
         fetched: Callable[[], None],
         failed: Callable[[BaseException], None],
         source: Source | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
-        self._jobs, self._source = jobs, source
+        self._jobs, self._source, self._stop = jobs, source, stop
         self._window = window_bytes
         self._fetched, self._failed = fetched, failed
         self._changed = threading.Condition()
@@ -157,7 +160,7 @@ class Prefetch:
                 for job in self._jobs:
                     self._admit(read_bytes(job))
                     if self._source is not None:
-                        self._source.need(job, lambda: self._closed)
+                        self._source.need(job, self._is_over)
                     other = sides.submit(self._fetch_all, [step.base for step in job if step.base])
                     self._fetch_all([step.aligned for step in job])
                     other.result()
@@ -167,10 +170,17 @@ class Prefetch:
 
     def _admit(self, n_bytes: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._held == 0 or self._held + n_bytes <= self._window)
-            if self._closed:
+            while not self._changed.wait_for(lambda: self._is_over() or self._has_room(n_bytes), _WAKE_S):
+                pass  # setting `stop` wakes nobody
+            if self._is_over():
                 raise Cancelled("stopped on request")
             self._held += n_bytes
+
+    def _has_room(self, n_bytes: int) -> bool:
+        return self._held == 0 or self._held + n_bytes <= self._window
+
+    def _is_over(self) -> bool:
+        return self._closed or (self._stop is not None and self._stop.is_set())
 
     def _fetch_all(self, infos: Sequence[TensorInfo]) -> None:
         buffer = memoryview(bytearray(CHUNK_BYTES))
@@ -182,7 +192,7 @@ class Prefetch:
             _check_size(fd, info)
             done = info.n_bytes if _resident(fd, info) else 0
             while done < info.n_bytes:
-                if self._closed:
+                if self._is_over():
                     raise Cancelled("stopped on request")
                 want = min(len(buffer), info.n_bytes - done)
                 with files.explained(info.path, _reading(info, info.start + done), READ_AGAIN, DataError):

@@ -19,6 +19,7 @@ from lox_stream.copying import InMemory
 from lox_stream.device import settled
 from lox_stream.errors import OptionError
 from lox_stream.hub import local
+from lox_stream.installed import way_to
 from lox_stream.matching import Step, output_bytes, rescaled, written_names
 from lox_stream.names import listing, near_misses, printable, shown, suggestion, unmatched
 from lox_stream.names import matches as named
@@ -74,7 +75,8 @@ def stream(
     has them).
 
     Problems are raised here, before the first tensor: OptionError for a name that is none, and what `plan` raises.
-    Closing the generator, or setting `cancel`, stops the work, with no thread left behind. Tensors that wait for the
+    Closing the generator, or setting `cancel`, stops the work, with no thread left behind; after `cancel` the next
+    tensor that is asked for raises Cancelled. Tensors that wait for the
     caller count towards `options.memory_bytes`.
 
         from lox_stream import stream
@@ -237,7 +239,8 @@ def _into(framework: Framework, steps: Iterable[Step]) -> Callable[[Tensor], Any
     except ModuleNotFoundError as error:
         raise OptionError(
             f"framework='numpy': NumPy has no {_plain(strange[0])} of its own, and ml_dtypes is not installed; "
-            "expected it. Install it (pip install ml_dtypes), or ask for Options(dtype='float32')"
+            "expected it. Ask for Options(dtype='float32'), or install it, which is the extra [numpy]: "
+            + way_to("numpy")
         ) from error
 
     def turned(tensor: Tensor) -> Any:

@@ -20,6 +20,7 @@ from lox_stream.errors import Cancelled
 
 T = TypeVar("T")
 
+_WAKE_S = 0.2  # an idle thread looks for the caller's event, which wakes nobody
 _starting = threading.Lock()  # one default is changed and put back at a time
 
 
@@ -40,12 +41,13 @@ class Workers:
     The caller's own torch settings, and those of threads it starts later, stay as they are: torch keeps the thread
     count per thread plus one default for threads to come, and that default is put back from a thread of ours.
     When `asked`, the caller's event, or `stop` is set, every loop ends at its next task with `Cancelled`; the caller's
-    is only read.
+    is only read. Once it is set the threads end, too, whoever leaves the context or not.
     """
 
     def __init__(self, count: int, asked: threading.Event | None = None) -> None:
         self.stop = threading.Event()
         self._asked = asked or self.stop
+        self._wake_s = None if asked is None else _WAKE_S
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._groups: list[_Group] = []
@@ -110,11 +112,21 @@ class Workers:
 
         for index, work in enumerate(works):
             self.submit(partial(job, index, work))
-        ended = sorted((ends.get() for _ in works), key=lambda end: end[0])
+        ended = sorted((self._next(ends) for _ in works), key=lambda end: end[0])
         for _, _, problem in ended:
             if problem is not None:
                 raise problem
         return [cast(T, value) for _, value, _ in ended]
+
+    def _next(self, ends: queue.SimpleQueue[T]) -> T:
+        """What comes out of a queue that jobs fill. Raises Cancelled where no thread is left for them."""
+        while True:
+            left = any(thread.is_alive() for thread in self._threads)  # before: the last one may fill it and end
+            try:
+                return ends.get(timeout=_WAKE_S)
+            except queue.Empty:
+                if not left:
+                    raise Cancelled("stopped on request") from None
 
     def run(self, task: Callable[[int], None], count: int) -> None:
         """task(0), ..., task(count - 1) on this worker and all idle ones; returns when each is done.
@@ -173,6 +185,9 @@ class Workers:
     def _open_group(self) -> _Group | None:
         return next((g for g in self._groups if g.next < g.count and g.error is None), None)
 
+    def _has_news(self) -> bool:
+        return bool(self._jobs or self._closing or self._asked.is_set() or self._open_group())
+
     def _work(self) -> None:
         try:
             _compute_alone()
@@ -185,7 +200,8 @@ class Workers:
             return
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closing or self._open_group())
+                while not self._changed.wait_for(self._has_news, self._wake_s):
+                    pass
                 job = self._jobs.popleft() if self._jobs else None
                 group = None if job else self._open_group()
                 if job is None and group is None:

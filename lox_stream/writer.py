@@ -41,7 +41,8 @@ class Output:
     ResumeError: its state is of another run.
 
     With `look`, which is called when the folder is locked, the run repairs: it goes on from the `survey` that `look`
-    returns, and touches nothing where that is complete and names no damage.
+    returns, and touches nothing where that is complete and names no damage. What is finished is durable after
+    `batch_s` and a sync (see `Committer`).
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Output:
         resume: bool = False,
         overwrite: bool = False,
         look: Callable[[], Survey] | None = None,
+        batch_s: float | None = None,
     ) -> None:
         assert plan.out is not None, "a plan without a folder cannot be written"
         assert not (resume and overwrite), "planning refuses these two together"
         self.plan, self.folder, self._resume, self._overwrite = plan, plan.out, resume, overwrite
-        self._look = look
+        self._look, self._batch_s = look, batch_s
         self.survey: Survey | None = None
         self.finished: dict[str, TensorFacts] = {}
         self.sessions: tuple[dict[str, Any], ...] = ()
@@ -86,7 +88,7 @@ class Output:
                     self._reserve(shard, stack, undo)
                 self._sync_names(self._shard_names)  # a record of a tensor outlives no name of its file
                 undo.pop_all()
-            self._committer = Committer(self._journal, lambda: not changed_inputs(self.plan))
+            self._committer = Committer(self._journal, lambda: not changed_inputs(self.plan), self._batch_s)
             self._stack = stack.pop_all()
         return self
 

@@ -154,7 +154,7 @@ def test_a_sweep_ends_where_float32_does_and_a_failure_is_said(case):
     assert [(row.solver, row.value, row.repeats) for row in measured] == [("good", 1, 1), ("good", 2, 2)]
     left = {row.solver: row.why for row in rows if isinstance(row, LeftOut)}
     assert left["bad"] == "knob 3: no convergence"
-    assert "lox-stream[bench]" in left["absent"]
+    assert "pip install '.[bench]'" in left["absent"]
     assert "over the limit of 60 s" in left["slow"]
 
 

@@ -12,9 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+import lox_stream
+from lox_stream import DataError, remote
 from lox_stream.synthetic import llama_shapes, write_pair
 
 pytestmark = [pytest.mark.examples, pytest.mark.filterwarnings("default")]
@@ -390,16 +393,62 @@ def test_a_web_server_without_ranges_is_said(pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_tls_is_checked(pair, right, tmp_path):
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Of 127.0.0.1, in a folder with its key; a machine trusts it where SSL_CERT_FILE names it."""
+    folder = tmp_path_factory.mktemp("tls")
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"]
     names = ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*made, *names], cwd=tmp_path, check=True, capture_output=True)
+    leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run([*made, *names, *leaf], cwd=folder, check=True, capture_output=True)
+    return folder / "cert.pem"
+
+
+@pytest.fixture
+def web(pair, certificate):
+    """A proxy in front of a web server, over TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    with small_web.serving(pair[0].parent, tls=context) as url:
-        ran = lox(tmp_path, "", "run", "--base", f"{url}/base", "--aligned", f"{url}/aligned", "--out", "out")
-    assert ran.returncode == 1, "a certificate that nobody vouches for"
+    context.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    with small_web.serving(pair[0].parent) as url:
+        where = urlsplit(url)
+        with in_front_of(where.hostname, where.port, context) as proxy:
+            yield proxy
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(web, tmp_path):
+    ran = lox(tmp_path, "", "run", "--base", f"{web.url}/base", "--aligned", f"{web.url}/aligned", "--out", "out")
+    assert ran.returncode == 1
     assert "certificate" in ran.stderr.lower()
+    assert web.log == []
+
+
+@pytest.mark.parametrize("fault", ["", "cut", "429", "503", "slow", "short"])
+def test_faults_of_a_web_server_that_pass_change_nothing(fault, web, certificate, right, tmp_path, monkeypatch):
+    """Over TLS that is trusted. Wrong bytes are not among them: a web server promises no checksum."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    web.faults = [fault, "", fault]
+    lox_stream.extrapolate(f"{web.url}/base", f"{web.url}/aligned", tmp_path / "out", scratch=tmp_path / "scratch")
+    assert web.faults == []
+    assert same(files(tmp_path / "out"), right)
+
+
+def test_a_run_from_the_web_that_broke_goes_on(web, certificate, right, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    pair_and_out = (f"{web.url}/base", f"{web.url}/aligned", tmp_path / "out")
+    room = {"scratch": tmp_path / "scratch", "scratch_bytes": 950_000}  # base, and not all of aligned at once
+
+    def breaks(reach) -> None:
+        if reach.done_tensors >= 5 and not web.faults:
+            web.faults += ["503"] * 1000
+
+    with pytest.raises(DataError, match=r"127\.0\.0\.1(.|\n)*same command with --resume goes on"):
+        lox_stream.extrapolate(*pair_and_out, **room, progress=breaks)
+    assert not (tmp_path / "out" / "lox_stream.json").exists()
+    web.faults.clear()
+    summary = lox_stream.extrapolate(*pair_and_out, **room, resume=True)
+    assert 0 < summary.written_bytes < summary.totals.n_bytes
+    assert same(files(tmp_path / "out"), right)
 
 
 def test_without_obstore_the_extra_is_named(tmp_path):
@@ -408,7 +457,7 @@ def test_without_obstore_the_extra_is_named(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 1
-    assert "which is the extra [cloud]: pip install obstore boto3" in ran.stderr.replace("\n", " ")
+    assert "which is the extra [cloud]: pip install 'obstore>=0.8' 'boto3>=1.34'" in ran.stderr.replace("\n", " ")
 
 
 LIBRARY = """

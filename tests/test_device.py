@@ -63,7 +63,7 @@ def test_without_triton_torch_computes_and_says_why(pair, machine):
 
 def test_where_triton_is_not_installed_that_is_said(pair, machine, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert "Triton is not installed; lox-stream[gpu] has it" in made(pair, device="cuda").warnings[0]
+    assert "Triton is not installed. The extra [gpu] has it: pip install" in made(pair, device="cuda").warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,21 @@ def test_what_is_missing_is_said_with_its_way_out_and_an_exit_code(tmp_path, mon
     monkeypatch.setattr(metadata, "version", lambda name: version(name) if name != "safetensors" else real(name))
     code, found = examined(tmp_path)
     assert code == 0
-    assert (found["[gguf]"]["state"], found["[gguf]"]["way_out"]) == ("note", "pip install gguf")
+    way_out = "pip install 'gguf>=0.17' (or in a clone of lox-stream: pip install '.[gguf]')"
+    assert (found["[gguf]"]["state"], found["[gguf]"]["way_out"]) == ("note", way_out)
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("0.1.4", "note"), ("0.1.5", "ok"), ("0.1.10", "ok"), ("0.2.0", "note")]
+)
+def test_a_version_that_does_not_work_is_said(version, state, tmp_path, monkeypatch):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name in ("mergekit", "ml_dtypes") else real(name))
+    _, found = examined(tmp_path)
+    assert found["[mergekit]"]["state"] == state
+    assert f"mergekit {version}" in found["[mergekit]"]["found"]
+    assert ("'mergekit>=0.1.5,<0.2'" in found["[mergekit]"]["way_out"]) == (state == "note")
+    assert found["[numpy]"]["state"] == "note", "ml_dtypes is too old"
 
 
 def test_a_folder_where_a_run_writes_or_nobody_can_is_said(tmp_path, monkeypatch):
@@ -94,7 +108,7 @@ def test_a_gpu_is_shown_with_its_memory_and_triton(tmp_path, monkeypatch):
         "mem_get_info": lambda index: (70 << 30, 80 << 30),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(doctor, "without_triton", lambda index: "Triton is not installed; lox-stream[gpu] has it")
+    monkeypatch.setattr(doctor, "without_triton", lambda index: "Triton is not installed")
     _, found = examined(tmp_path)
     assert found["GPU 0"]["found"].startswith("H100, 70.0 of 80.0 GiB free")
     assert found["Triton on GPU 0"]["state"] == "note"

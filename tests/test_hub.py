@@ -9,16 +9,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import lox_stream
+from lox_stream import CheckpointError, hub_cache, remote
 from lox_stream import hub as lox_hub
+from lox_stream.for_compressed_tensors import LoxConverter
 from lox_stream.remote import FIRST_BYTES
 from lox_stream.synthetic import llama_shapes, write_pair
 
 pytestmark = [pytest.mark.examples, pytest.mark.filterwarnings("default")]
 pytest.importorskip("huggingface_hub", reason="`make examples` has an environment with it")
 
+import huggingface_hub.constants  # noqa: E402
+import huggingface_hub.file_download  # noqa: E402
+from faulty import in_front_of  # noqa: E402
 from small_hub import Hub, serving  # noqa: E402
 
 RUN = ["run", "--base", "org/base", "--aligned", "org/aligned@v1", "--out", "out"]
@@ -260,17 +269,6 @@ def test_a_pair_on_the_hub_passes_through_a_scratch(hub, pair, tmp_path):
     assert [inputs[side]["path"] for side in ("base", "aligned")] == ["org/base", "org/aligned@v1"]
 
 
-@pytest.mark.parametrize("faults", [{"busy": 3}, {"cut": 2}, {"wrong": 1}])
-def test_faults_on_the_way_through_a_scratch_change_nothing(faults, pair, tmp_path):
-    with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, **faults)) as hub:
-        ran = lox(hub, tmp_path, *THROUGH)
-        assert ran.returncode == 0, ran.stderr
-        assert (hub.busy, hub.cut, hub.wrong) == (0, 0, 0)
-    here = lox(hub, tmp_path, "run", "--base", str(pair[0]), "--aligned", str(pair[1]), "--out", "here", "--quiet")
-    assert here.returncode == 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "here")
-
-
 def test_wrong_bytes_that_stay_are_refused_and_the_run_goes_on(pair, tmp_path):
     with serving(Hub({"org/base": pair[0], "org/aligned": pair[1]}, wrong=99)) as hub:
         ran = lox(hub, tmp_path, *THROUGH)
@@ -288,3 +286,159 @@ def test_a_gated_model_says_so_through_a_scratch_too(pair, tmp_path):
     assert ran.returncode == 1
     assert "org/base: is gated: this account may not read it. Ask for access at" in ran.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def right(pair, tmp_path_factory):
+    return weights(lox_stream.extrapolate(*pair, tmp_path_factory.mktemp("right") / "out").out)
+
+
+@pytest.fixture
+def know(monkeypatch, tmp_path):
+    """Makes a hub, or what is in front of it, the only one that huggingface_hub knows in this process."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(lox_hub, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+    def known(url: str) -> None:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        for module in (constants, huggingface_hub.file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+    return known
+
+
+@pytest.fixture
+def proxy(hub, know):
+    where = urlsplit(hub.url)
+    with in_front_of(where.hostname, where.port) as proxy:
+        know(proxy.url)
+        yield proxy
+
+
+FAULTS = ["cut", "429", "503", "short", "slow", "wrong"]
+
+
+@pytest.mark.parametrize("scratch", [None, "scratch"], ids=["cache", "scratch"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_pass_change_nothing(fault, scratch, proxy, right, tmp_path, capfd):
+    proxy.faults = [fault, "", fault]
+    lox_stream.extrapolate("org/base", "org/aligned@v1", tmp_path / "out", scratch=scratch)
+    assert proxy.faults == []
+    assert weights(tmp_path / "out") == right
+    if scratch is None:
+        assert capfd.readouterr() == ("", ""), "the library prints nothing, and lets nothing print"
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_hub_that_is_busy_when_it_is_asked_for_names_is_asked_again(status, hub, know, monkeypatch):
+    real, asked = huggingface_hub.HfApi.model_info, []
+
+    def busy(*given, **how):
+        asked.append(given)
+        if len(asked) == 1:
+            error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+            error.response = type("Answer", (), {"status_code": status})()
+            raise error
+        return real(*given, **how)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", busy)
+    know(hub.url)
+    assert {file.name for file in lox_hub.files_of("org/aligned")} >= {"config.json"}
+    assert len(asked) == 2
+
+
+def test_wrong_bytes_that_stay_are_an_error_and_the_next_command_heals_the_cache(hub, know, right, tmp_path):
+    know(hub.url)
+    hub.wrong = 99
+    with pytest.raises(CheckpointError, match=r"org/base: model\.safetensors: the bytes are not .*second download did"):
+        lox_stream.extrapolate("org/base", "org/aligned", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hub.wrong = 0
+    lox_stream.extrapolate("org/base", "org/aligned", tmp_path / "out")
+    assert weights(tmp_path / "out") == right
+
+
+def flip(path: Path) -> None:
+    """One bit, with the times of the file put back."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-1000] ^= 0x40
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_file_in_the_cache_is_read_once_until_somebody_touches_it(hub, know, pair, tmp_path, monkeypatch):
+    know(hub.url)
+    real, read = hub_cache.hashlib.file_digest, []
+    monkeypatch.setattr(hub_cache.hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind))
+    folder = lox_hub.downloaded("org/aligned")
+    assert len(read) == 2
+    sent = hub.sent("safetensors")
+    assert lox_hub.downloaded("org/aligned") == folder
+    assert (len(read), hub.sent("safetensors")) == (2, sent)
+    shard = next(folder.glob("*.safetensors"))
+    flip(shard)
+    assert lox_hub.downloaded("org/aligned") == folder
+    assert shard.read_bytes() == (pair[1] / shard.name).read_bytes(), "it was downloaded again"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    count = len(read)
+    assert lox_hub.downloaded("org/aligned") == folder
+    small = len(read) - count  # which this hub calls by their sha256, too
+    lox_hub.downloaded("org/aligned")
+    assert len(read) == count + small
+    flip(shard)
+    with pytest.raises(CheckpointError, match=rf"org/aligned: {shard.name}: the bytes are not .*Run once with a conn"):
+        lox_hub.downloaded("org/aligned")
+
+
+def test_a_cache_that_takes_no_note_is_read_each_time(hub, know, monkeypatch):
+    know(hub.url)
+    folder = lox_hub.downloaded("org/aligned")
+    note = folder.parents[1] / hub_cache.NOTE
+    note.unlink()
+    note.mkdir()
+    flip(next(folder.glob("*.safetensors")))
+    sent = hub.sent("safetensors")
+    lox_hub.downloaded("org/aligned")
+    assert hub.sent("safetensors") > sent
+
+
+@pytest.mark.parametrize("scratch", [None, "scratch"], ids=["cache", "scratch"])
+def test_a_run_that_was_stopped_goes_on(scratch, hub, know, right, tmp_path):
+    know(hub.url)
+    pair_and_out = ("org/base", "org/aligned@v1", tmp_path / "out")
+
+    def stop(reach) -> None:
+        if reach.done_tensors >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lox_stream.extrapolate(*pair_and_out, scratch=scratch, progress=stop)
+    sent = hub.sent("safetensors")
+    summary = lox_stream.extrapolate(*pair_and_out, scratch=scratch, resume=True)
+    assert 0 < summary.written_bytes < summary.totals.n_bytes
+    assert weights(tmp_path / "out") == right
+    if scratch is None:
+        assert hub.sent("safetensors") == sent, "what is in the cache is not fetched again"
+
+
+def test_the_converter_takes_names_of_the_hub(hub, know, pair, right, tmp_path):
+    know(hub.url)
+    converter = LoxConverter("org/base", "org/aligned@v1")
+    for name, data in right.items():
+        (tmp_path / name).write_bytes(data)
+        made, expected = converter.process(load_file(pair[1] / name)), load_file(tmp_path / name)
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(made[one], expected[one]) for one in made)
+
+
+@pytest.mark.parametrize("quiet", [["--quiet"], []], ids=["quiet", "loud"])
+def test_quiet_is_quiet_and_else_there_are_bars(quiet, hub, tmp_path):
+    """With a variable of huggingface_hub that shows bars where there is no terminal."""
+    ran = lox(hub, tmp_path, *RUN, *quiet, TQDM_POSITION="-1")
+    assert ran.returncode == 0, ran.stderr
+    assert ("files" in ran.stderr, ran.stderr == "") == (not quiet, bool(quiet))

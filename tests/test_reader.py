@@ -105,6 +105,16 @@ def test_closing_ends_a_reader_that_waits_for_room(steps):
     assert isinstance(log.error, Cancelled)
 
 
+def test_the_callers_event_ends_a_reader_that_waits_for_room(steps):
+    """With nobody there to close it, or to release what it has read."""
+    log, stop = Log(), threading.Event()
+    reading = Prefetch([[step] for step in steps], 10, log.on_fetched, log.on_failed, stop=stop)
+    log.wait(lambda: log.fetched == 1)
+    stop.set()
+    log.wait(lambda: isinstance(log.error, Cancelled))
+    reading.close()
+
+
 def test_a_file_that_was_cut_is_an_error_that_tells_both_sizes(steps):
     path = steps[0].aligned.path
     os.truncate(path, path.stat().st_size - 100)

@@ -93,6 +93,17 @@ def test_a_call_gives_back_what_the_work_returns_or_raises():
             workers.call(workers.check)
 
 
+def test_the_callers_event_ends_the_threads_and_calls_do_not_wait_for_them():
+    stop = threading.Event()
+    with Workers(2, stop) as workers:
+        stop.set()
+        for thread in workers._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        with pytest.raises(Cancelled):
+            workers.call(lambda: 3)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 def test_arithmetic_in_a_worker_starts_no_thread_of_torch():
     """Which `torch.get_num_threads()` cannot tell: it reports the default for threads to come."""

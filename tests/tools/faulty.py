@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class Proxy:
 
 
 @contextmanager
-def in_front_of(host: str, port: int) -> Iterator[Proxy]:
+def in_front_of(host: str, port: int, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     proxy = Proxy((host, port))
 
     class Handler(Quiet):
@@ -83,5 +84,5 @@ def in_front_of(host: str, port: int) -> Iterator[Proxy]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
-    with listening(Handler) as proxy.url:
+    with listening(Handler, tls) as proxy.url:
         yield proxy

@@ -23,7 +23,6 @@ def slowly(wholes, part, board):
     """A task: `carry_out`, slowly."""
     from unittest import mock
 
-    from lox_stream import committer
     from lox_stream.writer import Output
 
     log, done = wholes[0].out.parent / "made.log", Output.done
@@ -34,7 +33,7 @@ def slowly(wholes, part, board):
             file.write(f"{os.getpid()} {facts.name}\n")
         time.sleep(PAUSE_S)
 
-    with mock.patch.object(committer, "BATCH_S", PAUSE_S), mock.patch.object(Output, "done", noted):
+    with mock.patch.object(Output, "done", noted):
         return carry_out(wholes, part, board)
 
 
