@@ -107,7 +107,7 @@ def files_of(name: str | Path) -> list[RemoteFile]:
 def _files_of(name: str | Path) -> tuple[str, list[RemoteFile]]:
     """The commit, and its files."""
     hub, (repo, revision) = _library(), _parts(str(name))
-    with _explained(hub, repo, revision):
+    with _explained(hub, repo, revision, given=True):
         info = _patiently(lambda: hub.HfApi().model_info(repo, revision=revision, files_metadata=True), _is_busy)
     found = []
     for one in info.siblings:
@@ -242,8 +242,13 @@ def _library() -> Any:
 
 
 @contextmanager
-def _explained(hub: Any, repo: str, revision: str | None, *, again: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one message with its way out; `again`: ConnectionError if that may pass."""
+def _explained(
+    hub: Any, repo: str, revision: str | None, *, again: bool = False, given: bool = False
+) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one message with its way out; `again`: ConnectionError if that may pass.
+
+    `given`: the name may have been meant for a path.
+    """
     errors = hub.errors
     at = f"{repo}@{revision}" if revision else repo
     try:
@@ -262,8 +267,8 @@ def _explained(hub: Any, repo: str, revision: str | None, *, again: bool = False
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise CheckpointError(
             [
-                f"{at}: is not in the cache ({hub.constants.HF_HUB_CACHE}), and the hub cannot be reached: "
-                f"{first_line(error)} Connect, or give a folder"
+                f"{at}: no folder of that name is here, nor a model in the cache ({hub.constants.HF_HUB_CACHE}), and "
+                f"the hub cannot be reached: {first_line(error)} Connect, or give a folder"
             ]
         ) from error
     except LoxError:
@@ -271,8 +276,10 @@ def _explained(hub: Any, repo: str, revision: str | None, *, again: bool = False
     except Exception as error:  # of its HTTP library, which differs between versions, and its own
         if again:
             raise ConnectionError(first_line(error)) from error
-        problem = f"{at}: the hub, or the way to it, failed: {first_line(error)} Try again: what has arrived is kept"
-        raise CheckpointError([problem]) from error
+        taken = "no folder of that name is here, so it is taken for a model on the hub; " if given else ""
+        problem = f"{at}: {taken}the hub, or the way to it, failed: {first_line(error)} "
+        way_out = f"{'Correct the path, or try' if given else 'Try'} again: what has arrived is kept"
+        raise CheckpointError([problem + way_out]) from error
 
 
 @contextmanager

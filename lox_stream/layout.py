@@ -206,7 +206,7 @@ def _missing(root: Path) -> str:
         return f"{printable(root)}: no such file or folder, nor is there {root.parent}. Correct the path"
     near = difflib.get_close_matches(root.name, beside, n=3)
     hint = f"Beside it: {listing(near)}" if near else "Correct the path"
-    return f"{printable(root)}: no such file or folder. {hint}; a model on the hub is fetched first with `hf download`"
+    return f"{printable(root)}: no such file or folder. {hint}; a model on the hub is called org/name"
 
 
 def _ambiguous(folder: Path, indexes: list[str], weights: list[str]) -> str:
