@@ -93,10 +93,10 @@ $(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
-	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, obstore and moto into .venv-compat"
+	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, llama.cpp, obstore and moto into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
 	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers peft compressed-tensors mergekit gguf obstore boto3 "moto[server]" pytest
+	  torch transformers diffusers peft compressed-tensors mergekit gguf xllamacpp obstore boto3 "moto[server]" pytest
 	@touch $@
 
 .venv-llmcompressor/ready: constraints.txt tests/llmcompressor-constraints.txt pyproject.toml
