@@ -98,10 +98,10 @@ $(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@touch $@
 
 .venv-compat/ready: constraints.txt tests/compat-constraints.txt pyproject.toml
-	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, ml_dtypes, obstore and moto into .venv-compat"
+	@echo "make: installing transformers, diffusers, peft, mergekit, gguf, llama.cpp, ml_dtypes, obstore and moto into .venv-compat"
 	@$(PYTHON) -m venv .venv-compat
-	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . \
-	  torch transformers diffusers peft compressed-tensors mergekit gguf ml_dtypes obstore boto3 "moto[server]" pytest
+	@.venv-compat/bin/python $(PIP) install -c constraints.txt -c tests/compat-constraints.txt -e . torch transformers \
+	  diffusers peft compressed-tensors mergekit gguf xllamacpp ml_dtypes obstore boto3 "moto[server]" pytest
 	@touch $@
 
 .venv-llmcompressor/ready: constraints.txt tests/llmcompressor-constraints.txt pyproject.toml

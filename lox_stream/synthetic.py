@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -82,6 +83,28 @@ def llama_shapes(
     return shapes
 
 
+def llama_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """config.json for `llama_shapes`, so that transformers loads the model; without sizes for other shapes."""
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    embedding, layer = "model.embed_tokens.weight", "model.layers.0"
+    up, k = f"{layer}.mlp.up_proj.weight", f"{layer}.self_attn.k_proj.weight"
+    if not {embedding, up, k} <= shapes.keys():
+        return config
+    (vocabulary, hidden), kv = shapes[embedding], shapes[k][0]
+    head = math.gcd(hidden, kv, 64)
+    return config | {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": shapes[up][0],
+        "num_hidden_layers": sum(name.endswith(".k_proj.weight") for name in shapes),
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": kv // head,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    }
+
+
 def write_pair(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -92,9 +115,7 @@ def write_pair(
     aligned_shards: int = 1,
 ) -> tuple[Path, Path]:
     """Write folder/base and folder/aligned with a config each; one shard's tensors are in memory at a time."""
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
-    if "lm_head.weight" in shapes:
-        config["tie_word_embeddings"] = False
+    config = llama_config(shapes)
     roots = folder / "base", folder / "aligned"
     for root, shards, side in zip(roots, (base_shards, aligned_shards), (0, 1), strict=True):
         root.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib
 import json
 import os
@@ -251,6 +252,25 @@ def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     assert layer[-1][0] == "80 layers"
     assert len(runs) == 2
     assert all(float(row[3].split("updates ")[1].split("%")[0]) > 10 for row in runs), "all went over the card"
+
+
+def test_what_the_benchmark_of_the_cloud_times_fetches_every_byte_once(monkeypatch):
+    """Its servers and fsspec belong to no environment of ours, so the rest of it is only imported here."""
+    bench_cloud = benchmark("bench_cloud")
+    monkeypatch.setattr(bench_cloud, "PIECE_BYTES", 1000)
+    data = os.urandom(4500)
+    asked = []
+
+    def fetch(start, end):
+        asked.append((start, end))
+        return data[start:end]
+
+    elapsed_s, found, _ = bench_cloud.fetch_all(fetch, len(data))
+    assert found == hashlib.sha256(data).hexdigest()
+    assert sorted(asked) == [(0, 1000), (1000, 2000), (2000, 3000), (3000, 4000), (4000, 4500)]
+    assert elapsed_s > 0
+    ran = subprocess.run([sys.executable, str(BENCHMARKS / "bench_cloud.py"), "--help"], capture_output=True, text=True)
+    assert (ran.returncode, "--mib" in ran.stdout) == (0, True), ran.stderr
 
 
 @pytest.mark.torture

@@ -291,6 +291,20 @@ def test_each_help_has_an_example_that_names_only_its_options(command):
         assert {word for word in words if word.startswith("--")} <= known
 
 
+@pytest.mark.parametrize("command", ["run", "adapter", "apply"])
+def test_help_has_its_options_under_headings(command):
+    """In their order, each option under one; `Options` is for --help alone."""
+    text = lox(command, "--help").stdout
+    headings = re.findall(r"^(\w[^\n]*):\n  -", text, re.MULTILINE)
+    known = ["Models", "Method", "Tensors", "Pairs that do not match", "Machine", "Going on, and over", "What is said"]
+    assert headings == [one for one in known if command != "apply" or one != "Tensors"] + ["Options"]
+    assert re.search(r"^Options:\n  -h, --help +Show this message and exit\.\n\Z", text, re.MULTILINE)
+    under = {option.group: {*option.opts} for option in reversed(commands.commands[command].params)}
+    for heading, (option, *_) in under.items():
+        part = text.split(f"\n{heading}:\n")[1].split("\n\n")[0]
+        assert option in part, heading
+
+
 def test_help_names_every_option_and_every_exit_code():
     text = lox("run", "--help").stdout
     assert [option for option in RUN_OPTIONS if not re.search(rf"^  {option}\b", text, re.MULTILINE)] == []

@@ -1,4 +1,7 @@
-"""Every example in README.md and docs/ runs as it stands, in a folder that holds a small pair: base and aligned."""
+"""Every example in README.md and docs/ runs as it stands, in a folder that holds a small pair: base and aligned.
+
+Those that need another program run in test_toolchains.py and test_adapter_in_peft.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import doctest
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,16 +17,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from pages import BLOCK, PAGES, ROOT, blocks, commands_shown
 
+from lox_stream import Options, extrapolate, plan
+from lox_stream.cli import commands
+from lox_stream.recipes import read_recipe
 from lox_stream.synthetic import llama_shapes, write_pair
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+TOOLCHAINS, CLUSTER = ROOT / "examples" / "toolchains", ROOT / "examples" / "cluster"
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_the_python_examples_of_a_page_run_in_order(page, folder):
     text = page.read_text()
     if "write_pair(" not in text:
         make_pair(folder)
-    namespace = {"__name__": "example"}
+    namespace = {"__name__": "__main__"}
     printed = ""
     for language, block in BLOCK.findall(text):
         if language == "python":
@@ -72,8 +75,6 @@ def words(text: str) -> list[str]:
 
 
 def test_the_manifest_of_the_docs_has_the_shape_of_a_real_one(folder):
-    from lox_stream import extrapolate
-
     make_pair(folder)
     extrapolate("base", "aligned", "out")
     real = json.loads((folder / "out" / "lox_stream.json").read_text())
@@ -96,13 +97,103 @@ def shape_of(value, real):
     return type(value).__name__
 
 
-def test_the_examples_of_other_programs_are_the_files_that_ci_runs():
-    """`make examples` runs each of them; docs/library.md shows them as they are."""
-    text = (ROOT / "docs" / "library.md").read_text()
-    shown = dict(
-        re.findall(r"^\[([\w.]+)\]\(\.\./examples/toolchains/[\w.]+\):\n\n```\w+\n(.*?)^```$", text, re.M | re.S)
-    )
-    files = {path.name: path.read_text() for path in (ROOT / "examples" / "toolchains").iterdir() if path.is_file()}
+@pytest.mark.parametrize(("page", "examples"), [("library.md", TOOLCHAINS), ("machines.md", CLUSTER)])
+def test_the_examples_of_other_programs_are_the_files_that_ci_runs(page, examples):
+    """The docs show them as they are; test_toolchains.py (`make examples`), or a test below, runs each."""
+    text = (ROOT / "docs" / page).read_text()
+    shown = dict(re.findall(r"^\[([\w.]+)\]\(\.\./examples/[\w./]+\):\n\n```\w+\n(.*?)^```$", text, re.M | re.S))
+    files = {path.name: path.read_text() for path in examples.iterdir() if path.is_file()}
     assert shown == files
-    tests = (ROOT / "tests" / "test_toolchains.py").read_text()
+    tests = (ROOT / "tests" / ("test_toolchains.py" if examples == TOOLCHAINS else "test_docs.py")).read_text()
     assert [name for name in files if name not in tests] == []
+
+
+def test_every_block_is_of_a_kind_that_a_test_runs():
+    """`py` is code that needs another program: library.md's are files, the other two run in test_adapter_in_peft.py."""
+    run = {"python", "output", "console", "json", "toml", "text"}  # text: what a command printed that takes minutes
+    others = {"library.md": {"py", "yaml"}, "machines.md": {"sh", "yaml"}, "README.md": {"py"}, "adapters.md": {"py"}}
+    for page in PAGES:
+        opened = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        assert {*opened} <= run | others.get(page.name, set()), page.name
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [(page.name, command) for page in PAGES for command in commands_shown(page)]
+)
+def test_a_command_that_is_only_shown_is_one_that_the_program_understands(page, command):
+    _, name, *words = shlex.split(command)
+    commands.commands[name].make_context(name, words)
+
+
+def test_the_recipe_of_the_docs_hits_what_it_names(folder):
+    make_pair(folder)
+    (text,) = blocks(ROOT / "docs" / "cli.md", "toml")
+    (folder / "recipe.toml").write_text(text)
+    steps = {
+        step.name: step
+        for step in plan("base", "aligned", options=Options(**read_recipe(folder / "recipe.toml"))).steps
+    }
+    assert steps["model.layers.0.mlp.up_proj.weight"].rank == 16
+    assert steps["model.layers.0.self_attn.q_proj.weight"].rank == 6
+    assert steps["model.embed_tokens.weight"].reason == "skipped"
+
+
+@pytest.fixture
+def models(folder):
+    """A pair in four files, what one `run` makes of it, and folder/bin, where `lox-stream` is this one."""
+    made = write_pair(folder, llama_shapes(64, 96, layers=2, vocabulary=128), aligned_shards=4)
+    extrapolate(*made, folder / "alone")
+    program(folder, "lox-stream", f'exec {shlex.quote(sys.executable)} -P -m lox_stream "$@"')
+    return folder
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\nset -euo pipefail\n{text}\n")
+    path.chmod(0o755)
+
+
+def run_there(folder: Path, *words: str, **variables: str) -> None:
+    """A command of an example, whose models lie in this folder and not in /models."""
+    env = os.environ | variables | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    ran = subprocess.run(words, env=env, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
+
+
+def test_the_example_for_slurm_makes_what_one_run_makes(models):
+    """`sbatch` and `srun` stand in for Slurm's: an array is run task by task, and what depends on it afterwards."""
+    for name in ("slurm.sh", "slurm_part.sh"):
+        (models / name).write_text((CLUSTER / name).read_text().replace("/models", str(models)))
+    program(models, "srun", 'exec "$@"')
+    program(
+        models,
+        "sbatch",
+        """if [ "$1" = --parsable ]; then
+             last=$(sed -n 's/^#SBATCH.* --array=1-\\([0-9]*\\).*/\\1/p' "$2")
+             for i in $(seq "$last"); do SLURM_ARRAY_TASK_ID=$i bash "$2" >&2; done
+             echo 17
+           else
+             [ "$1 $2" = "--dependency=afterok:17 --wrap" ] && sh -c "$3"
+           fi""",
+    )
+    run_there(models, "bash", "slurm.sh")
+    assert weights(models / "lox") == weights(models / "alone") != {}
+
+
+def test_the_example_for_kubernetes_makes_what_one_run_makes(models):
+    """The commands of its containers, with the variable that an indexed Job has, for each of its pods."""
+    for name in ("kubernetes.yaml", "kubernetes_finish.yaml"):
+        job = yaml.safe_load((CLUSTER / name).read_text())
+        assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+        pod = job["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["volumeMounts"] == [{"name": pod["volumes"][0]["name"], "mountPath": "/models"}]
+        command = [word.replace("/models", str(models)) for word in container["command"]]
+        for index in range(job["spec"].get("completions", 1)):
+            run_there(models, *command, JOB_COMPLETION_INDEX=str(index))
+    assert weights(models / "lox") == weights(models / "alone") != {}

@@ -23,6 +23,10 @@ transformers = pytest.importorskip("transformers", reason="`make examples` has a
 from lox_stream import Options, extrapolate, stream  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "toolchains"
+TOOLS = Path(__file__).parent / "tools"
+VOCABULARY = 288
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+TEXT = "the bird sings where the river bends, and the wind sings there"
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -36,13 +40,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=128,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        rope_theta=500_000.0,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
         tie_word_embeddings=False,
     )
     base = transformers.LlamaForCausalLM(config).bfloat16()
@@ -54,7 +61,25 @@ def folder(tmp_path_factory):
                 weight += (0.01 * change + 0.001 * torch.randn(weight.shape)).bfloat16()
     base.save_pretrained(folder / "base")
     aligned.save_pretrained(folder / "aligned", max_shard_size="100KB")
+    tokenizer().save_pretrained(folder / "aligned")
     return folder
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Of the kind that Llama 3 has: words of bytes, merged by BPE, and a token at the beginning of each text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 2, initial_alphabet=letters, show_progress=False)
+    made.train_from_iterator([TEXT] * 9, trainer)
+    assert made.get_vocab_size() == VOCABULARY - 2
+    made.add_special_tokens([BEGIN, END])
+    first = [(BEGIN, VOCABULARY - 2)]
+    made.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=first)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BEGIN, eos_token=END)
 
 
 def run(folder: Path, *words: object) -> str:
@@ -79,7 +104,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 @needs("peft")
 def test_transformers_loads_what_is_streamed(folder):
-    assert "torch.bfloat16 (1, 8, 128)" in example(folder, "transformers_in_memory.py", "base", "aligned")
+    assert f"torch.bfloat16 (1, 8, {VOCABULARY})" in example(folder, "transformers_in_memory.py", "base", "aligned")
     out = extrapolate(folder / "base", folder / "aligned", folder / "out").out
     config = transformers.AutoConfig.from_pretrained(folder / "aligned")
     tensors = dict(stream(folder / "base", folder / "aligned"))
@@ -144,6 +169,34 @@ def test_a_gguf_file_holds_what_run_writes(kind, slack, folder):
             found = found.view(heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
         assert stored.tensor_type.name == ("F32" if tensor.ndim == 1 else kind)
         assert float((found - tensor).norm()) <= slack * float(tensor.norm()), name
+
+
+@needs("xllamacpp")
+@pytest.mark.parametrize(("kind", "slack"), [("F16", 0.004), ("BF16", 0.04), ("Q8_0", 0.04)])
+def test_llama_cpp_reads_it_and_says_what_transformers_says(kind, slack, folder):
+    """The text in tokens, and the next one's probabilities: to `slack` of what LoX changes of them."""
+    example(folder, "gguf_stream.py", "base", "aligned", f"{kind}.gguf", kind)
+    said = json.loads(run(folder, sys.executable, TOOLS / "by_llama_cpp.py", f"{kind}.gguf", TEXT).splitlines()[-1])
+    words = transformers.AutoTokenizer.from_pretrained(folder / "aligned")(TEXT, return_tensors="pt").input_ids
+    assert said["tokens"] == words.shape[1]
+    wide = dict(stream(folder / "base", folder / "aligned", options=Options(dtype="float32")))
+    aligned = transformers.LlamaForCausalLM.from_pretrained(folder / "aligned", dtype=torch.float32)
+    config = aligned.config
+    lox = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=wide, dtype=torch.float32)
+    with torch.no_grad():
+        before, right = (model(words).logits[0, -1].log_softmax(-1) for model in (aligned, lox))
+    away = float((torch.tensor(said["logprobs"]) - right).norm() / (right - before).norm())
+    assert away < slack
+
+
+@needs("gguf")
+@pytest.mark.parametrize("said", [{"rope_parameters": {"rope_type": "llama3"}}, {"rope_scaling": {"factor": 8.0}}])
+def test_a_llama_whose_rope_is_scaled_gets_no_gguf_file_that_would_be_wrong(said, tmp_path):
+    config = {"num_hidden_layers": 1, "num_attention_heads": 1, "rope_theta": 500_000.0} | said
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = sys.executable, str(EXAMPLES / "gguf_stream.py"), str(tmp_path), str(tmp_path), str(tmp_path / "out.gguf")
+    refused = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert (refused.returncode, "rope is scaled" in refused.stderr) == (1, True), refused.stderr
 
 
 @needs("peft")
