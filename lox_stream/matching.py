@@ -233,9 +233,9 @@ def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
         hint = suggestion(near_misses(rule.match, aligned.tensors))
         if not unmatched((rule.match,), aligned.tensors):
             hint = "Earlier rules match all of its tensors, and the first that matches counts: move it up"
+        at = rule.at or f"recipe, rule {number}"
         problems.append(
-            f"recipe, rule {number}: match {rule.match!r} hits no tensor of {printable(aligned.root)}; expected one at "
-            f"least. {hint}"
+            f"{at}: match {rule.match!r} hits no tensor of {printable(aligned.root)}; expected one at least. {hint}"
         )
     return problems
 
