@@ -128,8 +128,9 @@ def _single_layout(folder: Path, name: str, index_name: str | None) -> Layout:
     if name.startswith("adapter_model"):
         raise CheckpointError(
             [
-                f"{printable(folder)}: holds a PEFT adapter ({name}), expected a whole model. Give it as --aligned, "
-                "with the model that it was trained on as --base; or merge it first (peft: `model.merge_and_unload()`)"
+                f"{printable(folder)}: holds a PEFT adapter ({printable(name)}), expected a whole model. Give it as "
+                "--aligned, with the model that it was trained on as --base; or merge it first (peft: "
+                "`model.merge_and_unload()`)"
             ]
         )
     if index_name is None:

@@ -255,9 +255,9 @@ def _architecture_problem(base: Checkpoint, aligned: Checkpoint) -> str:
         found, expected = aligned.config.get(key), base.config.get(key)
         if found and expected and found != expected:
             return (
-                f"{aligned.prefix}config.json: {key} of aligned is {shown(found)}, of base {shown(expected)}; expected "
-                "the same. Give as base the model that aligned was fine-tuned from; if it is and only config.json is "
-                "wrong, correct it there"
+                f"{printable(aligned.prefix)}config.json: {key} of aligned is {shown(found)}, of base "
+                f"{shown(expected)}; expected the same. Give as base the model that aligned was fine-tuned from; if it "
+                "is and only config.json is wrong, correct it there"
             )
     return ""
 

@@ -62,11 +62,11 @@ def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str
     if total.not_unique:
         warnings.append(
             f"{len(total.not_unique)} tensors have no gap after singular value {options.rank}: their rank-"
-            f"{options.rank} part is one of many equally good ones ({total.not_unique[0]}, ...)"
+            f"{options.rank} part is one of many equally good ones ({printable(total.not_unique[0])}, ...)"
         )
     if total.not_converged:
         warnings.append(
             f"{len(total.not_converged)} tensors did not reach the tolerance {options.tolerance:g} "
-            f"({total.not_converged[0]}, ...). Check them with --svd exact, or choose another rank"
+            f"({printable(total.not_converged[0])}, ...). Check them with --svd exact, or choose another rank"
         )
     return tuple(warnings)

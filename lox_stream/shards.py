@@ -283,4 +283,6 @@ def _ask_safetensors(path: Path, real: Path) -> None:
         with safe_open(real, framework=framework):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError([f"{printable(path)}: safetensors refuses it: {error}. {_AGAIN}"]) from error
+        raise CheckpointError(
+            [f"{printable(path)}: safetensors refuses it: {printable(str(error))}. {_AGAIN}"]
+        ) from error
