@@ -229,9 +229,10 @@ def _no_weights(folder: Path, names: list[str]) -> str:
     if JOURNAL in names:
         return f"{printable(folder)}: is an unfinished output of lox-stream, {expected}. Finish it first with --resume"
     if others:
+        how = "from_pretrained(DIR, gguf_file=NAME)" if others[0].endswith(".gguf") else "from_pretrained(DIR)"
         return (
             f"{printable(folder)}: no safetensors weights: found {listing(others)}, {expected}. Convert them first "
-            "(transformers: from_pretrained, then save_pretrained)"
+            f"(transformers: {how}, then save_pretrained(NEW))"
         )
     inner = [name for name in names if any(child.is_file() for child in (folder / name).glob("*.safetensors"))]
     if inner:
