@@ -12,10 +12,10 @@ import click
 from lox_stream.errors import OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.messages import echo_json, escaped
-from lox_stream.names import printable
+from lox_stream.names import counted, printable
 from lox_stream.rendering import comparison_table, console_of
 from lox_stream.sampling import Sample, choose_sample, planned_again
-from lox_stream.showing import budget_text, counted, display, size_text, time_text
+from lox_stream.showing import budget_text, display, size_text, time_text
 from lox_stream.signals import Interruption
 from lox_stream.verifying import Check, folder_of, verify_checksums
 

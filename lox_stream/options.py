@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lox_stream.errors import LoxError, OptionError
-from lox_stream.names import matches, shown
+from lox_stream.names import counted, matches, shown
 
 MAX_NUMBER = 2**63 - 1
 MAX_THREADS = 1024
@@ -267,7 +267,8 @@ def rename_problem(text: str) -> str:
         return "expected PATTERN=REPLACEMENT, such as 'model.*=language_model.model.*'"
     known, wanted = (len(re.findall("[*?]", side)) for side in (pattern, replacement))
     if known != wanted:
-        return f"the pattern has {known} wildcards and the replacement {wanted}, expected as many: each stands for one"
+        has = f"the pattern has {counted(known, 'wildcard')} and the replacement {wanted}"
+        return f"{has}, expected as many: each stands for one"
     return ""
 
 
