@@ -14,7 +14,7 @@ from lox_stream.adapters import CONFIG, MERGED, Adapter, Factors, Module, own_na
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from lox_stream.fused import parts_of
 from lox_stream.matching import Step, alpha_warnings, decide, tie_problems
-from lox_stream.names import listing, matches, near_misses, printable
+from lox_stream.names import counted, listing, matches, near_misses, printable
 from lox_stream.options import Options, options_for
 from lox_stream.output_rules import MODEL_CARD
 from lox_stream.pairing import WRAPPERS, renamed
@@ -133,7 +133,7 @@ def _homes(adapter: Adapter, called: Mapping[str, TensorInfo]) -> tuple[dict[str
         near = near_misses(lost[0], called, 1)
         hint = f" (base has {printable(near[0])!r})" if near else ""
         problems.append(
-            f"adapter: {len(lost)} of its {len(adapter.modules)} modules change tensors that base lacks: "
+            f"adapter: {len(lost)} of its {counted(len(adapter.modules), 'module')} for tensors that base lacks: "
             f"{listing(lost)}{hint}; expected each. Give the base that it was trained on, or name its tensors with "
             f"--rename. Where its files keep them otherwise than the model (tied heads): {MERGED}"
         )

@@ -111,8 +111,9 @@ def _nothing(steps: Iterable[Step], left: Sequence[LeftOut]) -> str:
 def adapter_warnings(steps: Sequence[Step], options: Options) -> list[str]:
     """What a person should know who loads an adapter."""
     warnings = [
-        f"{printable(step.name)}: is tied to {step.pairs[1].module} and the adapter changes both, as PEFT uses them; "
-        "PEFT's merge_and_unload() would add the change twice to the one weight: merge with `lox-stream apply`"
+        f"{printable(step.name)}: is tied to {printable(step.pairs[1].module)} and the adapter changes both, as PEFT "
+        "uses them; PEFT's merge_and_unload() would add the change twice to the one weight: merge with "
+        "`lox-stream apply`"
         for step in steps
         if _is_with_head(step)
     ]

@@ -14,6 +14,7 @@ from lox_stream.facts import MatrixFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step
 from lox_stream.merging import factors_at, merged_by, update_by
+from lox_stream.names import printable
 from lox_stream.outcomes import Found, accepted, facts_for, setting_of
 from lox_stream.reader import TORCH_DTYPES, mapped, matrix_at
 from lox_stream.regions import Region, regions_of
@@ -43,7 +44,7 @@ def _require_bad_base(step: Step) -> None:
         w0 = torch.frombuffer(data, dtype=TORCH_DTYPES[step.aligned.dtype])
         if finite(w0):
             raise DataError(
-                f"{step.name}: base and the adapter's change together are beyond the range of "
+                f"{printable(step.name)}: base and the adapter's change together are beyond the range of "
                 f"{step.dtype or step.aligned.dtype}. Write a wider --dtype"
             )
 
@@ -78,7 +79,9 @@ def _one_by_factors(
     try:
         facts = (merged_by if merged else update_by)(factors_at(step, region), matrix, run)
     except NotFinite as problem:
-        raise DataError(f"{step.name}: {problem}; expected finite numbers. Save the adapter again") from problem
+        raise DataError(
+            f"{printable(step.name)}: {problem}; expected finite numbers. Save the adapter again"
+        ) from problem
     if isinstance(facts, MatrixFacts) and facts.method == "zero":
         return emit_unchanged(matrix, emit, run) or facts
     return facts

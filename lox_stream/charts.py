@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lox_stream.errors import OptionError
 from lox_stream.installed import way_to
+from lox_stream.names import printable
 
 if TYPE_CHECKING:
     from lox_stream.comparing import Measured
@@ -46,7 +47,8 @@ def panels(rows: Sequence[Measured]) -> dict[str, dict[str, list[tuple[float, fl
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         shape = f"{row.m} x {row.n}"
-        title = row.case if shape in row.case else f"{row.case}, {shape} {row.dtype}, rank {row.rank}"
+        case = printable(row.case)
+        title = case if shape in case else f"{case}, {shape} {row.dtype}, rank {row.rank}"
         found.setdefault(title, {}).setdefault(row.solver, []).append((row.elapsed_s, max(row.differing, LEAST)))
     return found
 

@@ -115,7 +115,7 @@ def _measured(request: Request, made: Plan) -> Iterator[Measured | LeftOut]:
                 continue
             if not ranks:
                 continue
-            _say(f"{choice.name}: the exact result, in float64")
+            _say(f"{printable(choice.name)}: the exact result, in float64")
             delta = Bands(w1, w0)
             exact = leading(delta, max(ranks))
             for rank in ranks:
@@ -153,7 +153,7 @@ def _named(option: str, path: Path) -> Iterator[None]:
         raise OptionError(
             f"{option} {printable(path)}: cannot be written: {problem.strerror}. Choose another file"
         ) from problem
-    _say(f"wrote {path}")
+    _say(f"wrote {printable(path)}")
 
 
 def write_csv(path: Path, rows: Sequence[Measured]) -> None:
@@ -187,7 +187,7 @@ def _show(request: Request, rows: Sequence[Measured], out: Sequence[LeftOut]) ->
         some = [row for row in rows if (row.case, row.rank) == matrix]
         console.print(solver_table(some, fastest(some, share), share))
     for one in out:
-        click.echo(escaped(f"left out: {one.solver} on {one.case}: {one.why}"))
+        click.echo(escaped(f"left out: {one.solver} on {printable(one.case)}: {one.why}"))
     if request.plot and rows:
         click.echo(terminal_plot(rows, console.width, colour=console.is_terminal and not console.no_color))
     for sentence in verdicts.values():

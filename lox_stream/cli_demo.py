@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Group
 
+from lox_stream.names import counted
 from lox_stream.rendering import cell, console_of, percent, summary_table, table_of
-from lox_stream.showing import counted, display, size_text, time_text
+from lox_stream.showing import display, size_text, time_text
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from lox_stream.adapters import is_adapter
 from lox_stream.errors import Cancelled, CheckpointError, LoxError, OptionError, reworded
 from lox_stream.hub import hushed, is_hub_id, lies_elsewhere, local, planned_first, prepared, push
 from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
-from lox_stream.names import address_of, listing, place_name, printable
+from lox_stream.names import address_of, counted, listing, place_name, printable
 from lox_stream.options import Options
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, plan, plan_all, plan_summary
@@ -28,7 +28,6 @@ from lox_stream.predicting import Machine, parse_machine, predict
 from lox_stream.reaching import Reached, as_given, named, reach, require_place
 from lox_stream.scratch_disk import Scratch, scratch_at
 from lox_stream.sharing import begun_in_parts, folder_of_part
-from lox_stream.showing import counted
 from lox_stream.signals import Interruption
 from lox_stream.spreading import plan_spread
 

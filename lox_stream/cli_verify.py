@@ -12,10 +12,10 @@ import click
 from lox_stream.errors import OutputError
 from lox_stream.manifest import read_manifest
 from lox_stream.messages import echo_json, escaped
-from lox_stream.names import printable
+from lox_stream.names import counted, printable
 from lox_stream.rendering import comparison_table, console_of
 from lox_stream.sampling import Sample, choose_sample, planned_again
-from lox_stream.showing import budget_text, counted, display, size_text, time_text
+from lox_stream.showing import budget_text, display, size_text, time_text
 from lox_stream.signals import Interruption
 from lox_stream.verifying import Check, folder_of, verify_checksums
 
@@ -82,7 +82,9 @@ def _locate(out: Path, inputs: tuple[Path, Path], failed: list[Check]) -> list[W
 
 def wrong_text(wrong: Wrong) -> str:
     """`FILE: NAME: byte 4242 is 0x13, expected 0x12`."""
-    part = f"{wrong.check.file}: " + (f"{wrong.check.name}: " if wrong.check.part == "tensor" else "")
+    part = f"{printable(wrong.check.file)}: " + (
+        f"{printable(wrong.check.name)}: " if wrong.check.part == "tensor" else ""
+    )
     found = "missing" if wrong.found is None else f"0x{wrong.found:02x}"
     more = f", the first of {counted(wrong.n_bytes, 'wrong byte')}" if wrong.n_bytes > 1 else ""
     return f"{part}byte {wrong.first_byte} of the file is {found}, expected 0x{wrong.expected:02x}{more}"
@@ -109,12 +111,12 @@ def cost_text(sample: Sample) -> str:
     lines = [
         f"recomputing {counted(len(sample.units), 'matrix', 'matrices')} by a full SVD in float64: about "
         f"{sample.flops / 1e9:.3g} GFLOP, {time_text(sample.expected_s)} or more, {budget_text(sample.memory_bytes)}: "
-        + ", ".join(f"{unit.name} ({unit.shape[0]} x {unit.shape[1]})" for unit in sample.units)
+        + ", ".join(f"{printable(unit.name)} ({unit.shape[0]} x {unit.shape[1]})" for unit in sample.units)
     ]
     if sample.too_large:
         lines.append(
             f"left out, too large for this machine's memory: {counted(len(sample.too_large), 'matrix', 'matrices')} "
-            f"({sample.too_large[0]}{', ...' if len(sample.too_large) > 1 else ''})"
+            f"({printable(sample.too_large[0])}{', ...' if len(sample.too_large) > 1 else ''})"
         )
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from lox_stream.c_library import c_function
 from lox_stream.contenders import Contender, Found, Problem
 from lox_stream.installed import way_to
 from lox_stream.kernels import lowrank_update
+from lox_stream.names import printable
 from lox_stream.recomputing import BITS, rounded_once
 from lox_stream.reference import Bands, Leading
 from lox_stream.update import ROUNDED
@@ -143,7 +144,7 @@ def compare(
     judge = Judge(case.delta, case.leading, case.rank, alpha)
     judged: list[tuple[Measured, Callable[[], tuple[Found, float]]]] = []
     for contender in contenders:
-        say(f"{case.name}, rank {case.rank}: {contender.name}")
+        say(f"{printable(case.name)}, rank {case.rank}: {contender.name}")
         why = _excluded(contender, case, limit_s)
         if why:
             yield LeftOut(case.name, contender.name, why)

@@ -14,6 +14,7 @@ from lox_stream.delta import NotFinite, OutOfRange
 from lox_stream.errors import DataError
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Run, round_to_nearest
 from lox_stream.matching import Step, output_bytes
+from lox_stream.names import printable
 from lox_stream.reader import TORCH_DTYPES, mapped
 from lox_stream.update import Emit, Matrix
 
@@ -88,7 +89,7 @@ def _convert(weight: Tensor, first: int, step: Step, target: Target, run: Run) -
     try:
         run(task, -(-(weight.numel() - first) // TILE_ELEMENTS))
     except NotFinite as problem:
-        raise DataError(f"{step.name}: {problem}. Write a wider --dtype, or leave it out") from problem
+        raise DataError(f"{printable(step.name)}: {problem}. Write a wider --dtype, or leave it out") from problem
 
 
 def finite(numbers: Tensor) -> bool:

@@ -18,6 +18,7 @@ import xxhash
 
 from lox_stream.c_library import c_function
 from lox_stream.errors import LoxError, OutputError
+from lox_stream.names import printable
 from lox_stream.output_rules import PARTIAL
 
 GO_ON = "The work so far is kept: the same command with --resume goes on."
@@ -41,8 +42,8 @@ def explained(path: Path, doing: str, way_out: str, kind: type[LoxError] = Outpu
     except OSError as error:
         first = "Free some space. " if error.errno in FULL else MORE_MEMORY if error.errno == errno.ENOMEM else ""
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
-        at = f" ({named})" if named != path else ""
-        raise kind(f"{path}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error
+        at = f" ({printable(named)})" if named != path else ""
+        raise kind(f"{printable(path)}: cannot {doing}: {error.strerror or error}{at}. {first}{way_out}") from error
 
 
 def reserve(fd: int, n_bytes: int) -> None:

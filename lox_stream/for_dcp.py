@@ -6,18 +6,21 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from lox_stream.dcp_metadata import read_metadata
 from lox_stream.errors import CheckpointError, DataError, OutputError
 from lox_stream.layout import INDEX_SUFFIX
 from lox_stream.names import listing, printable
+from lox_stream.pickles import RefusedError
 from lox_stream.rewriting import balanced
 
 SHARD_BYTES = 2_000_000_000
@@ -27,8 +30,8 @@ class DcpTensors(Mapping[str, Tensor]):
     """The tensors of a DCP folder, each read and put together when it is asked for; one process, no process group.
 
     `prefix` is what the trainer put before the model's names, such as "model." or "app.model."; what has another
-    beginning (optimizers) is left out. torch reads the folder's `.metadata` with pickle, which may run code: open no
-    folder that you do not trust. Raises CheckpointError.
+    beginning (optimizers) is left out. No code of the folder is run: of its pickles only what describes tensors is
+    read (`dcp_metadata`, and torch's own `weights_only`). Raises CheckpointError.
 
         tensors = DcpTensors("step-1000", prefix="model.")
         w = extrapolate_tensor(name, tensors[name], base[name])
@@ -42,9 +45,15 @@ class DcpTensors(Mapping[str, Tensor]):
                 [f"{where}: has no .metadata, expected a checkpoint of torch.distributed. Check the path"]
             )
         try:
-            found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
-        except Exception as error:  # whatever pickle and torch raise for a damaged file
-            raise CheckpointError([f"{where}/.metadata: cannot be read: {error}. Copy the checkpoint again"]) from error
+            self._metadata = read_metadata(self.folder / ".metadata")
+        except (RefusedError, OSError) as error:
+            raise CheckpointError(
+                [
+                    f"{where}/.metadata: cannot be read: {printable(str(error))}. Copy the checkpoint again; if it is "
+                    "the same then, do not trust it before you know why"
+                ]
+            ) from error
+        found = self._metadata.state_dict_metadata
         self._known = {
             name.removeprefix(prefix): said
             for name, said in found.items()
@@ -59,9 +68,9 @@ class DcpTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Raises KeyError for a name that is none, DataError for a file that cannot be read."""
         said = self._known[name]
-        tensor = torch.empty(said.size, dtype=said.properties.dtype)
         try:
-            load({self._prefix + name: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
+            tensor = torch.empty(said.size, dtype=said.properties.dtype)
+            load({self._prefix + name: tensor}, storage_reader=_Reader(self.folder, self._metadata), no_dist=True)
         except (Exception, CheckpointException) as error:  # torch's own has the traceback of each rank in its text
             last = " ".join(str(error).strip().splitlines()[-1:])
             raise DataError(
@@ -80,6 +89,17 @@ class DcpTensors(Mapping[str, Tensor]):
         """Of a tensor, without reading it."""
         said = self._known[name]
         return said.size.numel() * said.properties.dtype.itemsize
+
+
+class _Reader(FileSystemReader):
+    """torch's own, which would unpickle `.metadata` again, and all that is in it."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
 
 
 def as_safetensors(

@@ -9,6 +9,7 @@ import torch
 
 from lox_stream.errors import LoxError, OptionError
 from lox_stream.installed import way_to
+from lox_stream.names import printable
 from lox_stream.options import Options
 from lox_stream.tensors import extrapolate_tensor
 
@@ -32,9 +33,10 @@ def lox_method() -> Any:
     def lox(group: TensorGroup, rank: int = 6, alpha: float = 1.25) -> torch.Tensor:
         base, aligned = group.base.tensor, group.non_base[0].tensor
         if base.shape != aligned.shape:
+            name = printable(group.metadata.name)
             raise OptionError(
-                f"{group.metadata.name}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one "
-                "shape. Let mergekit make the vocabularies agree (tokenizer: source: base)"
+                f"{name}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one shape. Let "
+                "mergekit make the vocabularies agree (tokenizer: source: base)"
             )
         return extrapolate_tensor(group.metadata.name, aligned, base, options=Options(rank=rank, alpha=alpha))
 

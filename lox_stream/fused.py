@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from lox_stream.names import listing, matches
+from lox_stream.names import counted, listing, matches
 
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "multi_query_group_num")
@@ -267,8 +267,8 @@ def fused_warnings(whole: Iterable[str], scaled: Container[str]) -> list[str]:
         (fp8, "and are of FP8, which is not split"),
     )
     return [
-        f"--split-fused: {len(names)} tensors have names of fused projections, {reason}: {listing(names)}. Each is "
-        "extrapolated as one matrix"
+        f"--split-fused: {counted(len(names), 'tensor')} with names of fused projections, {reason}: {listing(names)}. "
+        "Each is extrapolated as one matrix"
         for names, reason in reasons
         if names
     ]

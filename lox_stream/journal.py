@@ -24,7 +24,7 @@ from lox_stream.checkpoint import Checkpoint, Shard, files_of
 from lox_stream.errors import DataError, ResumeError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import printable, shown
-from lox_stream.options import Options, is_gpu
+from lox_stream.options import Options, is_gpu, to_json
 from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
 from lox_stream.shards import is_regular, parse_json, source_name
@@ -102,7 +102,7 @@ def _matrix_facts(record: Mapping[str, Any]) -> MatrixFacts:
 def byte_options(options: Options) -> dict[str, Any]:
     """The options that the bytes of the output depend on: of the device, whether it is a GPU, which sums in another
     order, and by which kernels."""
-    kept = {name: value for name, value in finite(asdict(options)).items() if name not in FREE_OPTIONS}
+    kept = {name: value for name, value in finite(to_json(options)).items() if name not in FREE_OPTIONS}
     by = " --kernels torch" if options.kernels == "torch" else ""
     return kept | {"device": f"cuda{by}" if is_gpu(options.device) else "cpu"}
 

@@ -128,8 +128,9 @@ def _single_layout(folder: Path, name: str, index_name: str | None) -> Layout:
     if name.startswith("adapter_model"):
         raise CheckpointError(
             [
-                f"{printable(folder)}: holds a PEFT adapter ({name}), expected a whole model. Give it as --aligned, "
-                "with the model that it was trained on as --base; or merge it first (peft: `model.merge_and_unload()`)"
+                f"{printable(folder)}: holds a PEFT adapter ({printable(name)}), expected a whole model. Give it as "
+                "--aligned, with the model that it was trained on as --base; or merge it first (peft: "
+                "`model.merge_and_unload()`)"
             ]
         )
     if index_name is None:
@@ -228,9 +229,10 @@ def _no_weights(folder: Path, names: list[str]) -> str:
     if JOURNAL in names:
         return f"{printable(folder)}: is an unfinished output of lox-stream, {expected}. Finish it first with --resume"
     if others:
+        how = "from_pretrained(DIR, gguf_file=NAME)" if others[0].endswith(".gguf") else "from_pretrained(DIR)"
         return (
             f"{printable(folder)}: no safetensors weights: found {listing(others)}, {expected}. Convert them first "
-            "(transformers: from_pretrained, then save_pretrained)"
+            f"(transformers: {how}, then save_pretrained(NEW))"
         )
     inner = [name for name in names if any(child.is_file() for child in (folder / name).glob("*.safetensors"))]
     if inner:

@@ -24,6 +24,7 @@ from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, sample_hash, version
 from lox_stream.names import printable
+from lox_stream.options import to_json
 from lox_stream.output_rules import MANIFEST
 from lox_stream.planning import Plan
 from lox_stream.sealing import opened
@@ -111,7 +112,7 @@ def manifest_of(
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "options": finite(asdict(plan.options)),
+        "options": finite(to_json(plan.options)),
         "inputs": {
             side: input_of(checkpoint, (began or {}).get(side, {}))
             for side, checkpoint in (("base", plan.base), ("aligned", plan.aligned))

@@ -11,7 +11,7 @@ from lox_stream.adapters import Factors, Pair
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
-from lox_stream.names import listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
+from lox_stream.names import counted, listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
 from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
@@ -83,6 +83,7 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
         problems += _weight_problems(base, aligned, reasons, pairs.partners, options, scaled, base_scaled)
     warnings = [
         *_warnings(base, pairs, options, scale_names(base_scaled)),
+        *_copied_warnings(steps),
         *_fused_warnings(steps, options, scaled),
         *pairs.warnings,
     ]
@@ -233,9 +234,9 @@ def _rule_problems(aligned: Checkpoint, options: Options) -> list[str]:
         hint = suggestion(near_misses(rule.match, aligned.tensors))
         if not unmatched((rule.match,), aligned.tensors):
             hint = "Earlier rules match all of its tensors, and the first that matches counts: move it up"
+        at = rule.at or f"recipe, rule {number}"
         problems.append(
-            f"recipe, rule {number}: match {rule.match!r} hits no tensor of {printable(aligned.root)}; expected one at "
-            f"least. {hint}"
+            f"{at}: match {rule.match!r} hits no tensor of {printable(aligned.root)}; expected one at least. {hint}"
         )
     return problems
 
@@ -255,9 +256,9 @@ def _architecture_problem(base: Checkpoint, aligned: Checkpoint) -> str:
         found, expected = aligned.config.get(key), base.config.get(key)
         if found and expected and found != expected:
             return (
-                f"{aligned.prefix}config.json: {key} of aligned is {shown(found)}, of base {shown(expected)}; expected "
-                "the same. Give as base the model that aligned was fine-tuned from; if it is and only config.json is "
-                "wrong, correct it there"
+                f"{printable(aligned.prefix)}config.json: {key} of aligned is {shown(found)}, of base "
+                f"{shown(expected)}; expected the same. Give as base the model that aligned was fine-tuned from; if it "
+                "is and only config.json is wrong, correct it there"
             )
     return ""
 
@@ -282,7 +283,7 @@ def _missing_problems(base: Checkpoint, names: list[str]) -> list[str]:
     near = near_misses(names[0], alike, 1)
     hint = f" (base has {printable(near[0])!r}: are its names built otherwise?)" if near else ""
     return [
-        f"{printable(base.root)}: {len(names)} tensors of aligned are missing in base: {listing(names)}{hint}; "
+        f"{printable(base.root)}: {counted(len(names), 'tensor')} of aligned missing in base: {listing(names)}{hint}; "
         "expected each. Give the model that aligned was fine-tuned from, pair them with --rename, or copy them "
         f"unchanged: --on-missing copy, or {globs}"
     ]
@@ -321,7 +322,7 @@ def _shape_problems(
             more.append(name)
     if more:
         problems.append(
-            f"{len(more)} more tensors differ in shape: {listing(more)}; expected the same shapes. "
+            f"{counted(len(more), 'more tensor')} of another shape: {listing(more)}; expected the same shapes. "
             "Give the model that aligned was fine-tuned from"
         )
     return problems
@@ -347,6 +348,17 @@ def _dtype_problems(
     return list(problems)
 
 
+def _copied_warnings(steps: Sequence[Step]) -> list[str]:
+    """Which matrices are left as they are because the user allowed it for whatever does not fit."""
+    found = {why: [step.name for step in steps if step.reason == why] for why in ("missing", "other shape")}
+    has = {"missing": "has none", "other shape": "has another shape"}
+    return [
+        f"{counted(len(names), 'tensor')} not extrapolated, for base {has[why]}: {listing(names)}"
+        for why, names in found.items()
+        if names
+    ]
+
+
 def _fused_warnings(steps: Iterable[Step], options: Options, scaled: Container[str]) -> list[str]:
     asked = [
         step for step in steps if step.action == "extrapolate" and options_for(step.seed_name, options).split_fused
@@ -362,7 +374,7 @@ def _warnings(base: Checkpoint, pairs: Pairs, options: Options, scales: Containe
     unused = [name for name in pairs.unused if name not in scales]
     if unused:
         warnings.append(
-            f"{printable(base.root)}: {len(unused)} tensors are not in aligned and not used: {listing(unused)}"
+            f"{printable(base.root)}: {counted(len(unused), 'tensor')} not in aligned and not used: {listing(unused)}"
         )
     return warnings
 

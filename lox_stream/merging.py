@@ -21,6 +21,7 @@ from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import lowrank_update
 from lox_stream.kernels.cpu import Retained, Run
 from lox_stream.matching import Step
+from lox_stream.names import printable
 from lox_stream.reader import mapped, read_floats
 from lox_stream.regions import Region
 from lox_stream.samples import Sample, places
@@ -68,7 +69,7 @@ def change_of(factors: Factors) -> Change:
     left, right = read_sides(factors)
     for name, side in ((factors.b.name, left), (factors.a.name, right)):
         if not bool(side.isfinite().all()):
-            raise NotFinite(f"the adapter's {name} holds NaN or Inf")
+            raise NotFinite(f"the adapter's {printable(name)} holds NaN or Inf")
     q, inner = torch.linalg.qr(left)
     p, outer = torch.linalg.qr(right.T)
     core = factors.scaling * inner @ outer.T

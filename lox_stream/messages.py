@@ -25,14 +25,17 @@ ERROR, USAGE, NOT_CONVERGED, INTERRUPTED = 1, 2, 3, 130  # exit codes; a signal'
 
 
 def escaped(message: str) -> str:
-    """A message with its line breaks, and nothing else that a terminal obeys; later lines are indented."""
+    """A message with its line breaks, and nothing else that a terminal obeys; later lines are indented.
+
+    Names in it are `printable` already, or the line breaks in them would be taken for the message's.
+    """
     return "\n  ".join(printable(line.strip("\r")) for line in message.split("\n"))
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Each begins a line of its own on stderr."""
+    """Each is a line of its own on stderr."""
     for warning in warnings:
-        click.echo("warning: " + escaped(warning), err=True)
+        click.echo("warning: " + printable(warning), err=True)
 
 
 def echo_json(document: dict[str, Any]) -> None:
@@ -79,7 +82,7 @@ def guarded(action: Callable[[], Any]) -> int:
         if _is_of_memory(error):
             _say_without_memory(error)
         elif isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{printable(str(error.filename))}: " if error.filename else ""
             _say(f"{where}{error.strerror or error}. Check the path, its permissions and its disk")
         else:
             click.echo("".join(traceback.format_exception(error)), err=True)

@@ -15,7 +15,7 @@ import yaml
 from lox_stream.checkpoint import Checkpoint
 from lox_stream.journal import version
 from lox_stream.manifest import Totals
-from lox_stream.names import address_of, hub_name, printable
+from lox_stream.names import address_of, counted, hub_name, printable
 from lox_stream.output_rules import MODEL_CARD
 from lox_stream.planning import Plan
 
@@ -143,7 +143,7 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
         ("alpha", f"{options.alpha:g}"),
         ("SVD", _svd(plan)),
         ("rounding", options.rounding + (f", seed {options.seed}" if options.rounding == "stochastic" else "")),
-        *([("recipe", f"{len(options.recipe)} rules, in lox_stream.json")] if options.recipe else []),
+        *([("recipe", f"{counted(len(options.recipe), 'rule')}, in lox_stream.json")] if options.recipe else []),
         ("tensors", _tensors(plan, totals)),
         *_measured("energy of the difference in the update", totals.energy),
         *_measured("retention of the update after rounding", totals.retention),

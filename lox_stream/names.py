@@ -37,6 +37,11 @@ def listing(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def hub_name(folder: Path) -> str:
     """`org/name` of a folder in the cache of huggingface_hub (`models--org--name/...`); "" for another."""
     for part in reversed(folder.resolve().parts):

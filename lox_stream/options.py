@@ -6,11 +6,11 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lox_stream.errors import LoxError, OptionError
-from lox_stream.names import matches, shown
+from lox_stream.names import counted, matches, shown
 
 MAX_NUMBER = 2**63 - 1
 MAX_THREADS = 1024
@@ -28,6 +28,7 @@ class Rule:
     rounding: Literal["nearest", "stochastic"] | None = None
     skip: bool = False
     split_fused: bool | None = None
+    at: str = field(default="", compare=False, repr=False)  # "--recipe FILE, line 7", for messages and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,19 @@ def alpha_solved_for(options: Options) -> float:
     return options.solved_for or options.alpha
 
 
+def to_json(options: Options) -> dict[str, Any]:
+    """The options as JSON holds them; where a rule stood in its file is not among them."""
+    said = asdict(options)
+    for rule in said["recipe"]:
+        del rule["at"]
+    return said
+
+
 def from_json(said: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Options that JSON or TOML holds: lists as tuples, rules as Rule. Raises TypeError for other rules."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     if "recipe" in fields:
-        fields["recipe"] = tuple(Rule(**rule) for rule in fields["recipe"])
+        fields["recipe"] = tuple(Rule(**{**rule, "at": ""}) for rule in fields["recipe"])
     return fields
 
 
@@ -258,7 +267,8 @@ def rename_problem(text: str) -> str:
         return "expected PATTERN=REPLACEMENT, such as 'model.*=language_model.model.*'"
     known, wanted = (len(re.findall("[*?]", side)) for side in (pattern, replacement))
     if known != wanted:
-        return f"the pattern has {known} wildcards and the replacement {wanted}, expected as many: each stands for one"
+        has = f"the pattern has {counted(known, 'wildcard')} and the replacement {wanted}"
+        return f"{has}, expected as many: each stands for one"
     return ""
 
 
@@ -290,4 +300,5 @@ def rule_problems(rule: Rule) -> list[str]:
 def _rules(value: object) -> list[str]:
     if not isinstance(value, tuple) or not all(isinstance(rule, Rule) for rule in value):
         return [f"recipe is {shown(value)}, expected a tuple of Rule"]
-    return [f"recipe, rule {i}: {problem}" for i, rule in enumerate(value, 1) for problem in rule_problems(rule)]
+    places = [rule.at or f"recipe, rule {i}" for i, rule in enumerate(value, 1)]
+    return [f"{at}: {problem}" for at, rule in zip(places, value, strict=True) for problem in rule_problems(rule)]

@@ -12,6 +12,7 @@ from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.matching import Step, output_bytes
+from lox_stream.names import printable
 from lox_stream.options import Options, options_for
 from lox_stream.regions import Region
 from lox_stream.update import Setting
@@ -41,7 +42,7 @@ def facts_for(step: Step, found: Found, told: Sequence[str], checksum: str, elap
     if isinstance(found, NotFinite):
         action, done = ("copy", "copied") if step.factors is None else ("merge", "merged")
         done = "carried as zeros" if step.pairs else done
-        reason, notices = "not finite", (f"{step.name}: {done} and not extrapolated: {found}",)
+        reason, notices = "not finite", (f"{printable(step.name)}: {done} and not extrapolated: {found}",)
     else:
         matrices, notices = found, _suspicions(step, found)
         if matrices and all(matrix.method == "zero" for matrix in matrices):
@@ -63,7 +64,7 @@ def _suspicions(step: Step, matrices: tuple[MatrixFacts, ...]) -> tuple[str, ...
     if worst <= SUSPICIOUS or not math.isfinite(worst):
         return ()
     doubt = "Is this the right base?" if step.factors is None else "Is the adapter for this model?"
-    return (f"{step.name}: |delta| is {worst:.2f} of |W|; fine-tuning gives a few percent. {doubt}",)
+    return (f"{printable(step.name)}: |delta| is {worst:.2f} of |W|; fine-tuning gives a few percent. {doubt}",)
 
 
 def accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
@@ -74,7 +75,7 @@ def accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     copy = "Carry such tensors as zeros" if step.pairs else copy
     if isinstance(problem, OutOfRange) and step.dtype:
         copy = "Write a wider --dtype; or, where aligned itself is within its range, copy such tensors"
+    name = printable(step.name)
     raise DataError(
-        f"{step.name}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one with "
-        f"--skip '{step.name}'"
+        f"{name}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one with --skip '{name}'"
     ) from problem

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo
-from lox_stream.names import listing, near_misses, pattern_of, printable, suggestion
+from lox_stream.names import counted, listing, near_misses, pattern_of, printable, suggestion
 from lox_stream.ties import tied_names, tied_partner
 
 WRAPPERS = (  # what models that hold another model put before its names
@@ -137,6 +137,6 @@ def _told(across: Mapping[str, TensorInfo]) -> list[str]:
     if not examples:
         return []
     return [
-        f"{len(across)} tensors are paired with those of base under another prefix: {listing(examples, 2)}. If that is "
-        "wrong, name them with --rename"
+        f"{counted(len(across), 'tensor')} paired with those of base under another prefix: {listing(examples, 2)}. If "
+        "that is wrong, name them with --rename"
     ]

@@ -18,7 +18,7 @@ from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import listing, place_name, printable
-from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu
+from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu, to_json
 from lox_stream.output_rules import is_finished, is_new, linked_problems, output_problems
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.quantisation import quantised_tensors
@@ -275,7 +275,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "base": whence(plan.base),
         "aligned": whence(plan.aligned),
         "out": place_name(plan.out) if plan.out is not None else None,
-        "options": asdict(plan.options),
+        "options": to_json(plan.options),
         "steps": [_step_summary(step, plan.options) for step in plan.steps],
         "totals": {
             "tensors": len(plan.steps),

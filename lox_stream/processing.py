@@ -22,7 +22,7 @@ from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered, rescaled
-from lox_stream.names import listing
+from lox_stream.names import listing, printable
 from lox_stream.on_card import Cards
 from lox_stream.options import Options
 from lox_stream.outcomes import Found, accepted, facts_for, setting_of
@@ -158,11 +158,13 @@ def _rows_left(step: Step) -> list[str]:
     """That a vocabulary grew, which rows base does not have, and whether these are numbers."""
     last = step.aligned.shape[0] - 1
     done = "have no update" if step.pairs else "are copied"
-    notices = [f"{step.name}: rows {step.m} to {last} {done}, for base has {step.m}; the others are extrapolated"]
+    notices = [
+        f"{printable(step.name)}: rows {step.m} to {last} {done}, for base has {step.m}; the others are extrapolated"
+    ]
     with contextlib.ExitStack() as maps:
         new = fp8.elements(step.aligned, step.scaled, maps)[covered(step) :]
         if not finite(new):
-            notices.append(f"{step.name}: NaN or Inf in rows {step.m} to {last}, which {done} as they are")
+            notices.append(f"{printable(step.name)}: NaN or Inf in rows {step.m} to {last}, which {done} as they are")
     return notices
 
 
@@ -224,7 +226,7 @@ def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Regi
     judged_as = torch.bfloat16 if rescaled(step) else None  # finer than FP8
 
     def tell(notice: str) -> None:
-        work.told.append(f"{step.name}: {notice}")
+        work.told.append(f"{printable(step.name)}: {notice}")
 
     def matrix(region: Region) -> Matrix:
         return Matrix(

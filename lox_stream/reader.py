@@ -251,6 +251,6 @@ def _check_size(fd: int, info: TensorInfo) -> None:
 
 def _cut(info: TensorInfo, size: int) -> DataError:
     return DataError(
-        f"{info.name}: {info.path} is {size} bytes long, and this tensor ends at byte {info.start + info.n_bytes}: "
-        "the file was cut while it was in use. Restore it and go on with --resume"
+        f"{printable(info.name)}: {printable(info.path)} is {size} bytes long, and this tensor ends at byte "
+        f"{info.start + info.n_bytes}: the file was cut while it was in use. Restore it and go on with --resume"
     )

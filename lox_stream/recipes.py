@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ MAX_PROBLEMS = 20
 DOTTED = re.compile(  # tomllib takes memory and time as the square of a key's parts
     r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}"""
 )
-KEYS = tuple(field.name for field in fields(Rule))
+GROUP = re.compile(r"""\s*\[\[\s*["']?group["']?\s*\]\]""")
+KEYS = tuple(field.name for field in fields(Rule) if field.name != "at")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -58,18 +59,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _of_toml(path: Path, text: str) -> dict[str, Any]:
     said = _parsed(path, text)
     groups = said.pop("group", [])
-    problems: list[tuple[str, int | None, str]] = [(key, None, problem) for key, problem in _top_problems(said)]
+    problems: list[tuple[str, int, str]] = [(key, 0, problem) for key, problem in _top_problems(said)]
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        problems.append(("group", None, "group is no table, expected [[group]] for each rule"))
+        problems.append(("group", 0, "group is no table, expected [[group]] for each rule"))
         groups = []
+    sections = _sections(text, len(groups))
     rules = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(groups, 1):
         problems += [(key, number, problem) for key, problem in _key_problems(group, KEYS, KEYS)]
-        rule = Rule(**{"match": "", **{_name(key): value for key, value in group.items() if _name(key) in KEYS}})
+        said_here = {_name(key): value for key, value in group.items() if _name(key) in KEYS}
+        rule = Rule(**{"match": "", **said_here}, at=_at(path, _line(sections[number], "match")))
         problems += [(problem.split()[0], number, problem) for problem in rule_problems(rule)]
         rules.append(rule)
     if problems:
-        found = [_at(path, _line(text, key, number), problem) for key, number, problem in problems[:MAX_PROBLEMS]]
+        found = [
+            f"{_at(path, _line(sections[number], key))}: {problem}" for key, number, problem in problems[:MAX_PROBLEMS]
+        ]
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise OptionError("\n".join([*found, *more]))
     top = {_name(key): _in_bytes(key, value) for key, value in said.items()}
@@ -87,7 +92,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         )
     if found := DOTTED.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise OptionError(_at(path, line, "a name of more than 64 parts; expected none with dots but in quotes"))
+        raise OptionError(f"{_at(path, line)}: a name of more than 64 parts; expected none with dots but in quotes")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of 4300 digits and more
@@ -113,7 +118,8 @@ def _of_manifest(path: Path, text: str) -> dict[str, Any]:
             f"--recipe {printable(path)}: was changed since its run wrote it, so that its options may be "
             "another's. Restore it from a copy, or say in a TOML file what is wanted"
         )
-    return found
+    rules = (replace(rule, at=f"--recipe {printable(path)}, rule {i}") for i, rule in enumerate(found["recipe"], 1))
+    return found | {"recipe": tuple(rules)}
 
 
 def _name(key: str) -> str:
@@ -142,17 +148,26 @@ def _top_problems(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield key, str(error)
 
 
-def _at(path: Path, line: int, problem: str) -> str:
-    return f"--recipe {printable(path)}, line {line}: {problem}"
+def _at(path: Path, line: int) -> str:
+    return f"--recipe {printable(path)}, line {line}"
 
 
-def _line(text: str, key: str, group: int | None = None) -> int:
-    """Where a key stands: before the first [[group]], or in the group of that number; else where that begins."""
-    lines = text.splitlines()
-    begins = [i for i, line in enumerate(lines) if re.match(r"\s*\[\[\s*group\s*\]\]", line)]
-    if group is None:
-        first, last = 0, begins[0] if begins else len(lines)
-    else:
-        first, last = ([*begins, len(lines)] + [len(lines)] * (group + 2))[group : group + 2]
-    wanted = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=|\s*\[+\s*{re.escape(key)}")
-    return next((i for i in range(first, last) if wanted.match(lines[i])), first) + 1
+def _sections(text: str, n_groups: int) -> list[list[tuple[int, str]]]:
+    """The lines above the groups, then those of each group, all with their numbers; a group in brackets has one."""
+    sections: list[list[tuple[int, str]]] = [[]]
+    for number, line in enumerate(text.split("\n"), 1):
+        if GROUP.match(line):
+            sections.append([])
+        sections[-1].append((number, line))
+    missing = n_groups + 1 - len(sections)
+    return sections + [[(_line(sections[0], "group"), "")]] * missing
+
+
+def _line(section: list[tuple[int, str]], key: str) -> int:
+    """Where a key stands, also where it is spelled with - for _ or the other way; else where its section begins."""
+    for spelled in (re.escape(key), "[-_]".join(map(re.escape, re.split("[-_]", key)))):
+        wanted = re.compile(rf"\s*[\"']?{spelled}[\"']?\s*=|\s*\[+\s*{spelled}")
+        for number, line in section:
+            if wanted.match(line):
+                return number
+    return section[0][0] if section else 1

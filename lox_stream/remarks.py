@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from lox_stream.facts import TensorFacts
 from lox_stream.manifest import made_for, totals
 from lox_stream.model_card import LOW_RETENTION
-from lox_stream.names import listing, printable
+from lox_stream.names import counted, listing, printable
 from lox_stream.options import Options
 from lox_stream.planning import Plan
 from lox_stream.resuming import Survey
@@ -50,23 +50,23 @@ def run_warnings(finished: Iterable[TensorFacts], options: Options) -> tuple[str
         )
     if total.identical and not total.extrapolated:
         warnings.append(
-            f"base and aligned hold the same weights: all {total.identical} matrices were copied, none extrapolated. "
+            f"base and aligned hold the same weights: {counted(total.identical, 'tensor')} copied, none extrapolated. "
             "Is one of the two the wrong model?"
         )
     idle = [facts.name for facts in rows if facts.reason == "no change"]
     if idle and len(idle) == total.merged + total.extrapolated:
         warnings.append(
-            f"the adapter changes nothing: of all {len(idle)} of its modules the factors, or what they are taken "
+            f"the adapter changes nothing: of its {counted(len(idle), 'module')} the factors, or what they are taken "
             "times, are zero. Is it one that was trained, and alpha what it should be?"
         )
     if total.not_unique:
         warnings.append(
-            f"{len(total.not_unique)} tensors have no gap after singular value {options.rank}: their rank-"
-            f"{options.rank} part is one of many equally good ones ({total.not_unique[0]}, ...)"
+            f"{counted(len(total.not_unique), 'tensor')} without a gap after singular value {options.rank}: the rank-"
+            f"{options.rank} part is one of many equally good ones ({printable(total.not_unique[0])}, ...)"
         )
     if total.not_converged:
         warnings.append(
-            f"{len(total.not_converged)} tensors did not reach the tolerance {options.tolerance:g} "
-            f"({total.not_converged[0]}, ...). Check them with --svd exact, or choose another rank"
+            f"{counted(len(total.not_converged), 'tensor')} did not reach the tolerance {options.tolerance:g} "
+            f"({printable(total.not_converged[0])}, ...). Check them with --svd exact, or choose another rank"
         )
     return tuple(warnings)

@@ -18,12 +18,12 @@ from rich.text import Text
 
 from lox_stream.checkpoint import whence
 from lox_stream.matching import output_bytes
-from lox_stream.names import address_of, listing, pattern_of, place_name, printable
+from lox_stream.names import address_of, counted, listing, pattern_of, place_name, printable
 from lox_stream.options import Options, options_for
 from lox_stream.planning import Plan, Step, memory_needed
 from lox_stream.predicting import Prediction
 from lox_stream.sharing import FOLDER
-from lox_stream.showing import budget_text, counted, size_text, time_text
+from lox_stream.showing import budget_text, size_text, time_text
 
 if TYPE_CHECKING:
     from lox_stream.api import Summary
@@ -181,7 +181,7 @@ def prediction_table(prediction: Prediction) -> Group:
         ("memory", f"{budget_text(prediction.host_bytes)} at most on the host, but for tiles"),
     ]
     if prediction.gpu_bytes:
-        blocks = f"; {prediction.in_blocks} tensors go to it in blocks, in each pass" if prediction.in_blocks else ""
+        blocks = f"; {counted(prediction.in_blocks, 'tensor')} in blocks, in each pass" if prediction.in_blocks else ""
         rows.append(("GPU memory", f"{size_text(prediction.gpu_bytes)} at most, for the largest matrix{blocks}"))
     if prediction.passes:
         rows.append(

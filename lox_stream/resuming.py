@@ -71,7 +71,8 @@ def changed_inputs(plan: Plan) -> tuple[str, ...]:
         except OSError:
             same = False
         if not same:
-            changed.append(f"{shard.path}: was modified while the run read it. Run again with --overwrite to be sure")
+            path = printable(shard.path)
+            changed.append(f"{path}: was modified while the run read it. Run again with --overwrite to be sure")
     return tuple(changed)
 
 
@@ -123,9 +124,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
             refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
             continue
         for name, was in before.items():
+            file = f"{side} {printable(name)}"
             changed = [key for key in ("size", "header", "sample") if key in was and was[key] != now[name][key]]
             if changed:
-                refused.append(f"{side} {name}: not the file that the run began with ({', '.join(changed)} differ)")
+                refused.append(f"{file}: not the file that the run began with ({', '.join(changed)} differ)")
             elif was.get("mtime_ns", now[name]["mtime_ns"]) != now[name]["mtime_ns"]:
-                warned.append(f"{side} {name}: was modified since the run began; size and header are the same")
+                warned.append(f"{file}: was modified since the run began; size and header are the same")
     return refused, warned

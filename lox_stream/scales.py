@@ -50,13 +50,28 @@ def blocks_of(shape: tuple[int, int], scale_shape: tuple[int, ...], config: Mapp
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """What config.json says: `weight_block_size`, or `block_structure` of a group of compressed-tensors."""
-    owners = _mappings([config, config.get("text_config")])
-    for said in _mappings([owner.get(key) for owner in owners for key in QUANTISED]):
-        schemes = _mappings([group.get("weights") for group in _mappings(said.get("config_groups"))])
-        for size in (said.get("weight_block_size"), *(scheme.get("block_structure") for scheme in schemes)):
+    for said in _said(config):
+        for size in (said.get("weight_block_size"), *(scheme.get("block_structure") for scheme in _schemes(said))):
             if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
                 return size[0], size[1]
     return BLOCK
+
+
+def weight_bits(config: Mapping[str, Any]) -> set[int]:
+    """`num_bits` of the weights in all groups of compressed-tensors."""
+    found = [scheme.get("num_bits") for said in _said(config) for scheme in _schemes(said)]
+    return {bits for bits in found if isinstance(bits, int)}
+
+
+def _said(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What config.json says about quantisation, wherever it does."""
+    owners = _mappings([config, config.get("text_config")])
+    return _mappings([owner.get(key) for owner in owners for key in QUANTISED])
+
+
+def _schemes(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How each group of compressed-tensors stores its weights."""
+    return _mappings([group.get("weights") for group in _mappings(said.get("config_groups"))])
 
 
 def _mappings(values: Any) -> list[Mapping[str, Any]]:

@@ -259,8 +259,8 @@ class Scratch:
             )
         self._opaque.add(_server(file))
         self.warnings.append(
-            f"{file.address}: its ETag is no checksum of its bytes, as with encryption by KMS: what is fetched there "
-            "is held against its length alone"
+            f"{printable(file.address)}: its ETag is no checksum of its bytes, as with encryption by KMS: what is "
+            "fetched there is held against its length alone"
         )
 
     def _download(self, file: RemoteFile, path: Path) -> dict[str, str]:

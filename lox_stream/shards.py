@@ -32,7 +32,11 @@ _DISGUISES = (
     (b"version https://git-lfs", "it is a git-lfs pointer and not the file itself. Run `git lfs pull` in its folder"),
     (b"PK\x03\x04", "it is a zip file, as torch.save writes. Convert it to safetensors first"),
     (b"\x80\x02", "it is a pickle, as old torch.save writes. Convert it to safetensors first"),
-    (b"GGUF", "it is a GGUF file under another name. Get the safetensors version"),
+    (
+        b"GGUF",
+        "it is a GGUF file. Get the safetensors version, or de-quantise it: transformers: from_pretrained(FOLDER, "
+        "gguf_file=NAME), then save_pretrained(NEW)",
+    ),
     (b"<", "it is a web page or XML, not weights. The download failed: download it again"),
 )
 
@@ -283,4 +287,6 @@ def _ask_safetensors(path: Path, real: Path) -> None:
         with safe_open(real, framework=framework):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError([f"{printable(path)}: safetensors refuses it: {error}. {_AGAIN}"]) from error
+        raise CheckpointError(
+            [f"{printable(path)}: safetensors refuses it: {printable(str(error))}. {_AGAIN}"]
+        ) from error

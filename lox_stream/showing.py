@@ -65,11 +65,6 @@ def time_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def counted(count: int, one: str, many: str = "") -> str:
-    """`1 tensor`, `2 tensors`."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
 def rate_bps(reach: Reach) -> float | None:
     """Bytes a second of this session; None before the first."""
     fresh = reach.done_bytes - reach.resumed_bytes

@@ -19,6 +19,7 @@ from lox_stream.facts import TensorFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered
 from lox_stream.merging import sides_of
+from lox_stream.names import printable
 from lox_stream.options import Options, options_for
 from lox_stream.outcomes import Found, facts_for
 from lox_stream.reader import TORCH_DTYPES
@@ -114,9 +115,10 @@ class FactorSink:
         for info, place, factor in zip((pair.b, pair.a), places, (b, a), strict=True):
             place.copy_(factor)
             if not bool(place.isfinite().all()):
+                name = printable(self.use.step.name)
                 raise DataError(
-                    f"{info.name}: a factor of {self.use.step.name} is beyond the range of {info.dtype}. Leave the "
-                    f"tensor out with --skip '{self.use.step.name}'"
+                    f"{printable(info.name)}: a factor of {name} is beyond the range of {info.dtype}. Leave the "
+                    f"tensor out with --skip '{name}'"
                 )
 
     def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from lox_stream.kinds import STACKED
-from lox_stream.names import listing, matches
+from lox_stream.names import listing, matches, printable
 
 ORDER = (  # in which modules of transformers have them
     *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
@@ -124,11 +124,11 @@ def parameters_of(modules: Iterable[str], targets: Sequence[str], others: Collec
             continue
         if len(names) != len(nested):
             raise ValueError(
-                f"{root}: has {len(nested)} pairs of factors, target_parameters names {listing(names)} of it; expected "
-                "as many"
+                f"{printable(root)}: has {len(nested)} pairs of factors, target_parameters names {listing(names)} of "
+                "it; expected as many"
             )
         if len(names) > 1 and not set(names) <= set(ORDER):
-            raise ValueError(f"{root}: {listing(names)} are parameters whose order in it is not known")
+            raise ValueError(f"{printable(root)}: {listing(names)} are parameters whose order in it is not known")
         own = [f"{root}.{name}" for name in names]
         found |= {module: parameter for parameter, module in wrappers(own).items()}
     return found

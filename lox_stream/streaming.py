@@ -21,7 +21,7 @@ from lox_stream.errors import OptionError
 from lox_stream.hub import local
 from lox_stream.installed import way_to
 from lox_stream.matching import Step, output_bytes, rescaled, written_names
-from lox_stream.names import listing, near_misses, printable, shown, suggestion, unmatched
+from lox_stream.names import counted, listing, near_misses, printable, shown, suggestion, unmatched
 from lox_stream.names import matches as named
 from lox_stream.options import Options, check_platform
 from lox_stream.pipeline import Finished, compute_all
@@ -183,7 +183,8 @@ class Extrapolated(Mapping[str, Any]):
         return self._again, ()
 
     def __repr__(self) -> str:
-        return f"<{len(self)} tensors of {printable(self.plan.aligned.root)}, extrapolated when they are asked for>"
+        root = printable(self.plan.aligned.root)
+        return f"<{counted(len(self), 'tensor')} of {root}, extrapolated when asked for>"
 
 
 def _plan(base: str | Path, aligned: str | Path, options: Options) -> Plan:

@@ -15,6 +15,7 @@ from lox_stream.errors import DataError, OptionError
 from lox_stream.fused import parts_of
 from lox_stream.kinds import stack_of
 from lox_stream.matching import Step, decide
+from lox_stream.names import printable
 from lox_stream.options import Options, check_options, options_for
 from lox_stream.outcomes import setting_of
 from lox_stream.pipeline import thread_count
@@ -59,18 +60,18 @@ def extrapolate_tensor(
         )
     for side, tensor in (("aligned", aligned), ("base", base)):
         if not isinstance(tensor, Tensor):
-            raise OptionError(f"{name}: {side} is a {type(tensor).__name__}, expected a torch tensor")
+            raise OptionError(f"{printable(name)}: {side} is a {type(tensor).__name__}, expected a torch tensor")
     if aligned.shape != base.shape:
         raise OptionError(
-            f"{name}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one shape. Of a vocabulary "
-            "that grew give the rows that both have"
+            f"{printable(name)}: aligned is {tuple(aligned.shape)}, base {tuple(base.shape)}; expected one shape. Of a "
+            "vocabulary that grew give the rows that both have"
         )
     if aligned.is_meta or base.is_meta or decide(_info(name, aligned), options) != "matrix":
         return aligned
     for side, tensor in (("aligned", aligned), ("base", base)):
         if NAMES.get(tensor.dtype) not in FLOATS:
             raise OptionError(
-                f"{name}: dtype of {side} is {tensor.dtype}, expected float64, float32, float16 or bfloat16"
+                f"{printable(name)}: dtype of {side} is {tensor.dtype}, expected float64, float32, float16 or bfloat16"
             )
     with Workers(thread_count(options)) as workers:
         made = workers.call(lambda: _extrapolated(name, aligned, base, options, config or {}, workers))
@@ -105,7 +106,7 @@ def _extrapolated(
         if isinstance(outcome, NotFinite):
             if options.on_nonfinite == "copy":
                 return None
-            raise DataError(f"{name}: {outcome}; expected finite numbers") from outcome
+            raise DataError(f"{printable(name)}: {outcome}; expected finite numbers") from outcome
         if outcome.method != "zero":
             there.copy_(made.view(there.shape))
             changed = True

@@ -22,7 +22,7 @@ from lox_stream.files import GO_ON
 from lox_stream.journal import Journal, Replay, identity, replay, session
 from lox_stream.layout import is_index
 from lox_stream.matching import whole_pairs
-from lox_stream.names import listing
+from lox_stream.names import listing, printable
 from lox_stream.output_rules import JOURNAL, MANIFEST, PARTIAL, foreign_weights, superseded
 from lox_stream.placing import Place
 from lox_stream.planning import Plan, output_names
@@ -112,7 +112,8 @@ class Output:
             state = replay(self.folder)
             if state is not None and state.sessions:
                 last = state.sessions[-1]
-                return f"is being written by process {last['session']} on {last['host']} since {last['time']}"
+                at = printable(f"on {last['host']} since {last['time']}")
+                return f"is being written by process {last['session']} {at}"
         return "is being written by another process"
 
     def _before(self) -> Replay:

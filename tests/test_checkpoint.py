@@ -280,6 +280,7 @@ def test_weights_of_other_formats_are_named_with_the_way_out(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"x")
     problem = the_problem(tmp_path)
     assert "model.gguf" in problem
+    assert "from_pretrained(DIR, gguf_file=NAME), then save_pretrained(NEW)" in problem
     assert "Convert" in problem
 
 

@@ -10,6 +10,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,94 @@ def test_names_from_files_reach_the_terminal_escaped(pair, tmp_path):
     for result in results:
         assert all(char.isprintable() or char == "\n" for char in result.output), result.output
     assert r"evil\x1b[2J[red]bold[/red]\u202e.weight" in results[0].stdout
+
+
+FORGED = "OK: all is well"
+EVIL = f"x\n{FORGED}\r\x1b[2J\u202e.weight"
+
+
+def evil_side(folder: Path, weight: torch.Tensor) -> Path:
+    """A model whose tensor and whose shard have that name."""
+    folder.mkdir()
+    names = dict.fromkeys((EVIL, "y.weight"), f"{EVIL}.safetensors")
+    save_file({EVIL: weight, "y.weight": torch.eye(8)}, folder / names[EVIL], metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def evil_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    stem = f"base_model.model.{EVIL.removesuffix('.weight')}"
+    factors = {f"{stem}.lora_A.weight": torch.ones(1, 8), f"{stem}.lora_B.weight": torch.ones(8, 1)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["x"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def attempts(root: Path) -> Iterator[Result]:
+    """Commands that say the name of a tensor, in each way in which something may be wrong with it."""
+    generator = torch.Generator().manual_seed(0)
+    w0 = torch.randn(8, 8, generator=generator)
+    base, aligned = evil_side(root / "base", w0), evil_side(root / "aligned", 3 * w0)
+    nan, wide = evil_side(root / "nan", w0 * torch.nan), evil_side(root / "wide", torch.ones(9, 8))
+    whole, short = evil_side(root / "whole", torch.ones(8, 8).int()), evil_side(root / "short", torch.ones(8, 8).half())
+    big, lacking = evil_side(root / "big", 1e30 * w0), root / "lacking"
+    lacking.mkdir()
+    save_file({"y.weight": torch.eye(8)}, lacking / "model.safetensors")
+    sides = ("--base", base, "--aligned", aligned)
+    yield run((base, aligned), root / "out")
+    yield run((base, aligned), root / "out", "--resume")
+    yield run((base, aligned), root / "recipe", "--recipe", recipe(root / "a.toml", "[[group]]\nmatch='y*'\nrank=1"))
+    yield run((base, aligned), root / "none", "--recipe", recipe(root / "b.toml", "[[group]]\nmatch='xx*'\nrank=1"))
+    yield run((base, aligned), root / "none", "--skip", "xx*")
+    yield run((base, aligned), root / "flat", "--tolerance", 1e-9, "--rank", 3)
+    for other in (nan, wide, whole, short, big, lacking):
+        for words in ([], ["--on-nonfinite", "copy", "--on-shape-mismatch", "overlap", "--on-missing", "copy"]):
+            for one in ((base, other), (other, aligned)):
+                yield run(one, root / f"{one[0].name}-{one[1].name}{len(words)}", *words)
+    yield run((base, big), root / "half", "--dtype", "float16")
+    yield run((base, aligned), root / "copy", "--on-shape-mismatch", "copy", "--on-missing", "copy", "--split-fused")
+    yield lox("inspect", aligned)
+    yield lox("bench", *sides, "--rank", "2,9", "--solvers", "lox-stream,full", "--repeat", 1)
+    yield lox("bench", *sides, "--tensors", "nothing")
+    yield lox("adapter", *sides, "--out", root / "adapter")
+    yield lox("apply", "--adapter", root / "adapter", "--aligned", aligned, "--out", root / "applied")
+    yield lox("inspect", evil_adapter(root / "peft"))
+    yield lox("verify", root / "out", *sides, "--sample", 2)
+    shard = root / "out" / f"{EVIL}.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-600] + bytes(600))
+    yield lox("verify", root / "out")
+    yield lox("verify", root / "out", *sides)
+    yield run((base, aligned), root / "out", "--resume", "--repair")
+    shard.unlink()
+    yield lox("verify", root / "out")
+    yield lox("push", root / "out", "org/name")
+    shard.touch()
+    yield lox("verify", root / "out", *sides)
+    (root / "aligned" / shard.name).write_bytes(b"")
+    yield run((base, aligned), root / "more")
+    yield lox("push", root / "out", EVIL)
+    yield lox("finish", root / "out")
+
+
+def recipe(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_no_name_forges_a_line(tmp_path, monkeypatch):
+    """A line break in the name of a tensor begins no line, whatever is said of it."""
+    monkeypatch.setattr("lox_stream.showing.LINE_EVERY_S", 0.0)
+    told = 0
+    for number, result in enumerate(attempts(tmp_path)):
+        for stream in (result.stdout, result.stderr):
+            assert "this is a bug in lox-stream" not in stream, stream
+            assert all(char.isprintable() or char == "\n" for char in stream), (number, stream)
+            assert not any(line.strip(" -").startswith(FORGED) for line in stream.split("\n")), (number, stream)
+            told += stream.count(FORGED)
+    assert told > 50
 
 
 def test_verify_finds_a_flipped_bit_and_does_not_recompute_what_is_damaged(pair, tmp_path):

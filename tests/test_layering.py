@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "lox_stream", ROOT / "kernels"
 SPEAKS = {"click", "rich"}
 STARTS_THREADS = {"workers", "reader", "committer", "scratch_disk", "shipping", "signals"}
+NAMES = {"name", "file", "case", "module", "prefix"}  # attributes that hold what a stranger wrote
+OURS = {"contender.name", "damage.name", "damage.file"}  # and these do not, or `listing` makes them printable
+TABLES = {"rendering", "cli_demo"}  # of which every cell is made printable
 THREADS = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor", "Process", "ThreadPool", "start_new_thread"}
 
 
@@ -95,6 +98,19 @@ def test_only_the_commands_speak_to_people(module):
 
 def is_call_of_a_name(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES} - TABLES))
+def test_a_name_in_a_message_is_printable(module):
+    """What a stranger wrote could draw on a terminal, or begin a line of its own there."""
+    for text in ast.walk(parsed(PACKAGE / f"{module}.py")):
+        parts = text.values if isinstance(text, ast.JoinedStr) else []
+        if not any(isinstance(part, ast.Constant) and " " in str(part.value) for part in parts):
+            continue  # no message: a key, a path
+        for part in parts:
+            if isinstance(part, ast.FormattedValue) and part.conversion == -1 and isinstance(part.value, ast.Attribute):
+                told = ast.unparse(part.value)
+                assert part.value.attr not in NAMES or told in OURS, f"line {part.lineno}: {told}"
 
 
 def test_threads_are_started_in_few_places():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_tensors_missing_in_base_are_one_message_with_globs(opened):
     aligned = opened("aligned", {name: ([2, 2], "F32") for name in names})
     base = opened("base", {name.replace("model.", "net."): ([2, 2], "F32") for name in names})
     (problem,) = problems_of(base, aligned)
-    assert "40 tensors of aligned are missing in base" in problem
+    assert "40 tensors of aligned missing in base" in problem
     assert "model.layers.0.mlp.weight" in problem
     assert "base has 'net.layers.*.mlp.weight'" in problem
     assert "--rename" in problem
@@ -312,9 +313,34 @@ QUANTISED: dict[str, tuple[Tensors, set[str]]] = {
         {"x.qzeros", "x.scales"},
     ),
     "MXFP4": ({"x_blocks": ([2, 4, 16], "U8"), "x_scales": ([2, 4], "U8")}, {"x_scales"}),
-    "compressed-tensors": (
+    "compressed-tensors integers": (
         {"x.weight_packed": ([4, 4], "I32"), "x.weight_scale": ([4, 1], "BF16")},
         {"x.weight_scale"},
+    ),
+    "compressed-tensors NVFP4": (
+        {
+            "x.weight_packed": ([16, 16], "U8"),
+            "x.weight_scale": ([16, 2], "F8_E4M3"),
+            "x.weight_global_scale": ([1], "F32"),
+        },
+        {"x.weight_scale"},
+    ),
+    "compressed-tensors MXFP4": (
+        {"x.weight_packed": ([16, 16], "U8"), "x.weight_scale": ([16, 1], "U8")},
+        {"x.weight_scale"},
+    ),
+    "AWQ": (
+        {"x.qweight": ([32, 4], "I32"), "x.qzeros": ([1, 4], "I32"), "x.scales": ([1, 32], "F16")},
+        {"x.qzeros", "x.scales"},
+    ),
+    "NVFP4 of ModelOpt": (
+        {
+            "x.weight": ([16, 16], "U8"),
+            "x.weight_scale": ([16, 2], "F8_E4M3"),
+            "x.weight_scale_2": ([], "F32"),
+            "x.input_scale": ([], "F32"),
+        },
+        {"x.weight_scale", "x.weight_scale_2"},
     ),
     "I8 with scales": ({"x.weight": ([4, 4], "I8"), "x.weight_scale": ([4, 1], "BF16")}, {"x.weight_scale"}),
     "U8 with scales": ({"x.weight": ([4, 4], "U8"), "x.weight_scale": ([4, 1], "F8_E4M3")}, {"x.weight_scale"}),
@@ -342,10 +368,44 @@ def test_quantised_weights_are_refused_with_a_way_out_that_works(opened, scheme)
     assert by_name(base, aligned, Options(skip=skip))["plain.weight"].action == "extrapolate"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "way"),
+    [
+        ("GPTQ", r"gptqmodel\.utils\.model_dequant\.dequantize_model\(DIR, NEW\)"),
+        ("AWQ", r"gptqmodel\.utils\.model_dequant\.dequantize_model\(DIR, NEW\)"),
+        ("NVFP4 of ModelOpt", r"gptqmodel\.utils\.model_dequant\.dequantize_model\(DIR, NEW\)"),
+        ("MXFP4", r"Mxfp4Config\(dequantize=True\)"),
+        ("bitsandbytes", r"from_pretrained\(DIR\), then dequantize\(\) and save_pretrained"),
+        ("compressed-tensors NVFP4", r"CompressedTensorsDequantizer\(DIR\)"),
+        ("compressed-tensors MXFP4", r"CompressedTensorsDequantizer\(DIR\)"),
+    ],
+)
+def test_each_scheme_has_one_problem_with_its_own_name_and_way_out(opened, scheme, way):
+    aligned = opened("aligned", QUANTISED[scheme][0])
+    problems = problems_of(opened("base", QUANTISED[scheme][0]), aligned)
+    (problem,) = [problem for problem in problems if problem.startswith("aligned")]
+    assert re.search(rf"quantised tensors \({scheme}\): .*De-quantise the checkpoint first \(.*{way}", problem)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "scheme"),
+    [
+        (QUANTISED["compressed-tensors integers"][0], {"num_bits": 4}, "int4"),
+        (QUANTISED["compressed-tensors integers"][0], {"num_bits": 8}, "int8"),
+        (QUANTISED["I8 with scales"][0], {"num_bits": 8}, "int8"),
+        (QUANTISED["compressed-tensors integers"][0], {"num_bits": [4]}, "integers"),
+    ],
+)
+def test_the_bits_of_compressed_tensors_are_told_by_the_config(opened, tensors, config, scheme):
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": config}}}
+    found = quantised_tensors(opened("aligned", tensors, quantization_config=said))
+    assert set(found.values()) == {f"compressed-tensors {scheme}"}
+
+
 def test_a_quantised_base_is_refused_by_its_scheme(opened):
     aligned = opened("aligned", {"x.weight": ([4, 4], "F16")})
     base = opened("base", QUANTISED["GPTQ"][0])
-    assert any(problem.startswith("base: quantised tensors (GPTQ or AWQ)") for problem in problems_of(base, aligned))
+    assert any(problem.startswith("base: quantised tensors (GPTQ)") for problem in problems_of(base, aligned))
     base = opened("base", {"x.weight": ([4, 4], "F8_E4M3")})
     (problem,) = problems_of(base, aligned)
     assert "base: quantised tensors (F8_E4M3 without a scale beside it)" in problem

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lox_stream import Options, extrapolate, plan
 from lox_stream.errors import CheckpointError, LoxError, OptionError
+from lox_stream.options import rename_problem
 from lox_stream.recomputing import compare_all
 from lox_stream.sampling import choose_sample
 from lox_stream.verifying import verify_checksums
@@ -51,7 +52,7 @@ def test_prefixes_of_wrappers_are_seen_through_and_it_is_said(sides, ours, their
     names = [name.removeprefix("model.") for name in NAMES]
     steps, told = planned(sides({theirs + n: weights(8, 4) for n in names}, {ours + n: weights(8, 4) for n in names}))
     assert partners(steps) == {ours + name: theirs + name for name in names}
-    assert "3 tensors are paired with those of base under another prefix" in told or names[0] in told
+    assert "3 tensors paired with those of base under another prefix" in told or names[0] in told
     assert "--rename" in told
 
 
@@ -64,7 +65,7 @@ def test_a_head_under_a_wrapper_is_paired_with_the_head(sides):
 
 def test_a_prefix_that_leaves_a_choice_pairs_nothing(sides):
     base = {"model.a.weight": weights(8, 4), "transformer.a.weight": weights(8, 4)}
-    with pytest.raises(CheckpointError, match=r"1 tensors of aligned are missing in base: a\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor of aligned missing in base: a\.weight"):
         planned(sides(base, {"a.weight": weights(8, 4)}))
 
 
@@ -208,3 +209,22 @@ def test_tied_weights_that_grew_stay_tied(sides, tmp_path):
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(out["lm_head.weight"], out["model.embed_tokens.weight"])
     assert not torch.equal(out["lm_head.weight"], table)
+
+
+@pytest.mark.parametrize(
+    ("option", "base_shape", "told"),
+    [
+        ("on_missing", None, "1 tensor not extrapolated, for base has none: b.weight"),
+        ("on_shape_mismatch", (5, 4), "1 tensor not extrapolated, for base has another shape: b.weight"),
+    ],
+)
+def test_what_is_copied_because_it_does_not_fit_is_told_by_name(tmp_path, option, base_shape, told):
+    other = {} if base_shape is None else {"b.weight": torch.ones(base_shape)}
+    base = write(tmp_path / "base", {"a.weight": torch.ones(4, 4), **other})
+    aligned = write(tmp_path / "aligned", {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(6, 4)})
+    assert told in plan(base, aligned, options=Options(**{option: "copy"})).warnings
+
+
+def test_what_is_counted_once_is_not_told_in_the_plural():
+    assert rename_problem("a.*=b").startswith("the pattern has 1 wildcard and")
+    assert rename_problem("*.*=b").startswith("the pattern has 2 wildcards and")

@@ -194,6 +194,27 @@ def test_a_rule_that_hits_nothing_is_an_error(pair):
         plan(*pair, options=Options(recipe=(Rule("*", rank=2), Rule("*.mlp.*", rank=3))))
 
 
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_a_rule_that_hits_nothing_is_told_with_its_file_and_line(pair, tmp_path, command):
+    file = written(tmp_path, '[[group]]\nmatch = "*.mlp.*"\nrank = 1\n\n[[group]]\nrank = 2\nmatch = "*.mlq.*"\n')
+    sides = ["--base", pair[0], "--aligned", pair[1], "--out", tmp_path / "out"] if command == "run" else [pair[1]]
+    ran = lox(command, *sides, "--recipe", file)
+    assert ran.exit_code != 0
+    assert f"--recipe {file}, line 7: match '*.mlq.*' hits no tensor" in ran.stderr
+
+
+def test_where_a_rule_stood_is_no_part_of_the_run(pair, tmp_path):
+    """A comment that was put above a rule, or a manifest instead of the file, changes no manifest and no resume."""
+    file = written(tmp_path, RECIPE)
+    paths = ["--base", pair[0], "--aligned", pair[1], "--out", tmp_path / "out"]
+    assert lox("run", *paths, "--recipe", file).exit_code == 0
+    manifest = tmp_path / "out" / "lox_stream.json"
+    assert all("at" not in rule for rule in json.loads(manifest.read_text())["options"]["recipe"])
+    assert [rule.at for rule in read_recipe(file)["recipe"]] == [f"--recipe {file}, line {n}" for n in (6, 11)]
+    assert read_recipe(manifest)["recipe"][1].at == f"--recipe {manifest}, rule 2"
+    assert read_recipe(manifest)["recipe"] == read_recipe(file)["recipe"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -207,6 +228,11 @@ def test_a_rule_that_hits_nothing_is_an_error(pair):
         ("[[group]]\nmatch = '*'\nskip = 1\n", "line 3: skip is 1, expected true or false"),
         ("[[group]]\nmatch = '*'\nrounding = 'up'\n", "line 3: rounding is 'up', expected nearest or stochastic"),
         ("[[group]]\nmatch = '*'\ndtype = 'F32'\n", "line 3: dtype is nothing that a recipe says here"),
+        ("[[group]]\nmatch = '*'\nsplit-fused = 'x'\nrank = 1\n", "line 3: split_fused is 'x', expected true"),
+        ("split-fused = true\nrank = 1\nsplit_fused = true\n", "line 3: split_fused is said already"),
+        ("rank = 1\ngroup = [{match='*', rank=-1}]", "line 2: rank is -1"),
+        ("group = [{match='*', rank=1}, {match='*q*', rank=-2}]\n", "line 1: rank is -2"),
+        ("# \u2028\n[['group']]\nmatch = '*'\nrank = -1\n", "line 4: rank is -1"),
         ("group = 3\n", "line 1: group is no table"),
         ("{}", "is no TOML and no manifest"),
         ('{"options": {"recipe": [{"no": 1}]}}', "is no TOML and no manifest"),
