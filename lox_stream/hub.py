@@ -23,7 +23,7 @@ from lox_stream.manifest import read_manifest
 from lox_stream.names import address_of, listing, printable, without_secrets
 from lox_stream.objects import files_at
 from lox_stream.output_rules import MANIFEST
-from lox_stream.remote import OTHERS, RemoteFile, first_line, lay_out, tells_by_headers, wanted
+from lox_stream.remote import OTHERS, RemoteFile, first_line, lay_out, lay_out_tables, tells_by_headers, wanted
 
 MISSING = (
     "huggingface_hub is not installed; expected it for models on the hub. Install it, which is the extra [hub]: "
@@ -67,6 +67,8 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
         plain = tells_by_headers(found)
         for file in found if plain else []:
             lay_out(file, folder, dry=True)
+        if plain:
+            lay_out_tables(found, folder)
         yield folder if plain else None
 
 
