@@ -22,7 +22,7 @@ demo: $(VENV)/ready ## make a small pair of checkpoints, extrapolate it, show wh
 test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
 	$(BIN)/pytest
 
-compat: .venv-compat/ready ## models of 60 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
+compat: .venv-compat/ready ## models of 63 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
 
 examples: .venv-compat/ready .venv-llmcompressor/ready ## examples/toolchains with the real other programs; models on a hub, in buckets, on the web

@@ -21,7 +21,7 @@ from lox_stream.pairing import WRAPPERS, renamed
 from lox_stream.quantisation import FLOATS, quantisation_problems, quantised_tensors
 from lox_stream.scales import scaled_weights
 from lox_stream.stacked import apart, is_transposed, stored
-from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
+from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tie_warnings, tied_names
 
 _PIECE = 1 << 20  # elements that are compared at a time
 _TYPE_CODES = {2: "H", 4: "I", 8: "Q"}  # of arrays, by the bytes of an element
@@ -75,7 +75,7 @@ def match_adapter(
     ]
     problems += _fused_problems(base, steps, options)
     problems += tie_problems(base, {step.name for step in steps if step.action == "extrapolate"})
-    return steps, problems, [*alpha_warnings(options), *_warnings(base, factors, leaders)]
+    return steps, problems, [*alpha_warnings(options), *_warnings(base, factors, leaders), *tie_warnings(base)]
 
 
 def _once(adapter: Adapter, called: Mapping[str, TensorInfo], leaders: Mapping[str, str]) -> Adapter:

@@ -31,7 +31,7 @@ from lox_stream.measuring import (
     share_along,
 )
 from lox_stream.merging import change_of, factors_at, read_sides
-from lox_stream.names import matches
+from lox_stream.names import matches, printable
 from lox_stream.options import Options
 from lox_stream.outcomes import accepted, setting_of
 from lox_stream.reader import TORCH_DTYPES, matrix_of
@@ -82,7 +82,8 @@ def examined(step: Step, later: Step | None, asked: Asked, run: Run) -> list[Fin
             try:
                 found.append(_finding(matrix_at(region), asked, run))
             except NotFinite as problem:
-                notice = f"{step.name}{region.label}: not looked at: {accepted(step, problem, asked.options)}"
+                at = printable(step.name + region.label)
+                notice = f"{at}: not looked at: {accepted(step, problem, asked.options)}"
                 found.append(_nothing(step, region, 0.0, (notice,)))
     return found
 

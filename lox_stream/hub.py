@@ -33,6 +33,7 @@ from lox_stream.remote import (
     RemoteFile,
     first_line,
     lay_out,
+    lay_out_tables,
     tells_by_headers,
     wanted,
 )
@@ -80,6 +81,8 @@ def headers_of(name: str | Path) -> Iterator[Path | None]:
         plain = tells_by_headers(found)
         for file in found if plain else []:
             lay_out(file, folder, dry=True)
+        if plain:
+            lay_out_tables(found, folder)
         yield folder if plain else None
 
 

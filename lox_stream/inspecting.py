@@ -18,7 +18,7 @@ from lox_stream.names import matches, pattern_of, place_name, printable
 from lox_stream.options import Options, Rule, check_options, options_for, rule_for, said_by
 from lox_stream.quantisation import FLOATS, quantisation_method, quantised_tensors
 from lox_stream.scales import scale_names, scaled_weights
-from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tied_names
+from lox_stream.ties import EMBEDDINGS, HEADS, says_tied, tie_warnings, tied_names
 
 _DEFAULTS = Options()
 
@@ -128,7 +128,11 @@ def inspect_checkpoint(path: str | Path, options: Options = _DEFAULTS) -> Inspec
         quantisation=_sums((scheme, 1) for scheme in schemes.values()),
         quantisation_method=quantisation_method(checkpoint.config),
         companions=checkpoint.companions,
-        warnings=(*checkpoint.warnings, *fused_warnings(_unsplit(rows, options), scaled)),
+        warnings=(
+            *checkpoint.warnings,
+            *fused_warnings(_unsplit(rows, options), scaled),
+            *tie_warnings(checkpoint),
+        ),
         rules=tuple(_hit(rule, rows, options) for rule in options.recipe),
     )
 

@@ -16,7 +16,8 @@ from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
 from lox_stream.scales import Scaled, scale_names, scaled_weights
-from lox_stream.ties import says_tied, tied_names
+from lox_stream.tables import padding_rows
+from lox_stream.ties import says_tied, tie_warnings, tied_names
 
 Reason = (
     Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched", "merged"]
@@ -74,7 +75,10 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
     reasons |= dict.fromkeys(scale_names(scaled), "scales")
     pairs = pair(base, aligned, [name for name, reason in reasons.items() if reason == "matrix"], options.rename)
     reasons |= _left_alone(aligned, pairs.partners, options)
-    steps = [_step(aligned, name, reason, pairs, options, scaled, base_scaled) for name, reason in reasons.items()]
+    padding = _padding(base, aligned, reasons, pairs.partners, options)
+    steps = [
+        _step(aligned, name, reason, pairs, padding, options, scaled, base_scaled) for name, reason in reasons.items()
+    ]
     others = architecture_problems(base, aligned)
     problems = [*pairs.problems, *tie_problems(aligned, pairs.partners)]
     if not pairs.across:  # what wraps another model has an architecture of its own
@@ -86,6 +90,8 @@ def match(base: Checkpoint, aligned: Checkpoint, options: Options) -> tuple[tupl
         *_copied_warnings(steps),
         *_fused_warnings(steps, options, scaled),
         *pairs.warnings,
+        *_padding_warnings(padding, pairs.partners),
+        *tie_warnings(aligned),
     ]
     return tuple(steps), problems, [*warnings, *others]
 
@@ -101,11 +107,40 @@ def _left_alone(aligned: Checkpoint, partners: Mapping[str, TensorInfo | None], 
     return found
 
 
+def _padding(
+    base: Checkpoint,
+    aligned: Checkpoint,
+    reasons: Mapping[str, Reason],
+    partners: Mapping[str, TensorInfo | None],
+    options: Options,
+) -> dict[str, int]:
+    """Of tensors whose common rows are extrapolated, how many of base's last rows are padding; reads these."""
+    if options.on_shape_mismatch != "overlap":
+        return {}
+    found = {
+        name: padding_rows(partner, model_of(base, partner.name))
+        for name, partner in partners.items()
+        if partner is not None and reasons[name] == "matrix"
+        if partner.shape != aligned.tensors[name].shape and overlapping(aligned.tensors[name].shape, partner.shape)
+    }
+    return {name: count for name, count in found.items() if count}
+
+
+def _padding_warnings(padding: Mapping[str, int], partners: Mapping[str, TensorInfo | None]) -> list[str]:
+    shapes = {name: partner.shape for name in padding if (partner := partners[name]) is not None}
+    return [
+        f"{printable(name)}: the last {padding[name]} of base's {rows} rows are padding and count as absent: the first "
+        f"{rows - padding[name]} are what both sides may have in common"
+        for name, (rows, _) in shapes.items()
+    ]
+
+
 def _step(
     aligned: Checkpoint,
     name: str,
     reason: Reason,
     pairs: Pairs,
+    padding: Mapping[str, int],
     options: Options,
     scaled: Mapping[str, Scaled],
     base_scaled: Mapping[str, Scaled],
@@ -116,7 +151,7 @@ def _step(
     config = model_of(aligned, name).config
     count, m, n = stack_of(name, tensor.shape, config)
     if partner is not None and partner.shape != tensor.shape and overlapping(tensor.shape, partner.shape):
-        count, m = 1, min(tensor.shape[0], partner.shape[0])
+        count, m = 1, min(tensor.shape[0], partner.shape[0] - padding.get(name, 0))
     own = options_for(seed_name, options)
     parts = parts_of(name, m, n, config) if own.split_fused and name not in scaled else ()
     return Step(

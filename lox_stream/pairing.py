@@ -43,6 +43,8 @@ def pair(base: Checkpoint, aligned: Checkpoint, names: Sequence[str], renames: S
         tied = None if partners[name] else tied_partner(aligned.tensors[name], theirs)
         partners[name] = called[tied.name] if tied else partners[name]
     leaders = {name: leader for name, leader in tied_names(aligned).items() if name in partners and leader in partners}
+    for name, leader in leaders.items():  # base may have but one of the names
+        partners[leader] = partners[leader] or partners[name]
     partners |= {name: partners[leader] for name, leader in leaders.items()}
     unused = tuple(_unused(aligned, called, partners))
     return Pairs(partners, leaders, bool(across or renames), unused, tuple(problems), tuple(_told(across)))

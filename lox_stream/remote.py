@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import Any
 from lox_stream import files
 from lox_stream.adapters import CONFIG as ADAPTER
 from lox_stream.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from lox_stream.checkpoint import TensorInfo, open_checkpoint
 from lox_stream.companions import CACHE_FOLDERS
 from lox_stream.errors import CheckpointError
 from lox_stream.journal import sample_starts
 from lox_stream.layout import is_index
 from lox_stream.names import is_plain_relative, listing, printable
 from lox_stream.shards import MAX_HEADER_BYTES
+from lox_stream.tables import read_here
+from lox_stream.ties import look_at
 
 FIRST_BYTES = 1 << 16  # of a file of weights: most headers end within
 SMALL_BYTES = 1 << 20  # files of JSON that a plan looks at
@@ -138,6 +141,30 @@ def lay_out(file: RemoteFile, folder: Path, *, dry: bool) -> None:
             for start in range(0, file.size, PIECE_BYTES):
                 files.write_at(fd, file.read(start, min(start + PIECE_BYTES, file.size)), start)
     os.utime(path, ns=(file.modified_ns, file.modified_ns))
+
+
+def lay_out_tables(found: Sequence[RemoteFile], folder: Path) -> None:
+    """Put in place what else of its weights a plan looks at, once all headers of a model are laid out in a folder.
+
+    A model that cannot be opened is left as it is: the plan says what is wrong. Raises CheckpointError, OSError.
+    """
+    weights = {(folder / file.name).resolve(): file for file in found if is_weights(file.name)}
+    try:
+        opened = open_checkpoint(next(iter(weights)) if len(found) == len(weights) == 1 else folder)
+    except CheckpointError:
+        return
+
+    def read(tensor: TensorInfo, start: int, end: int) -> bytes:
+        file = weights.get(tensor.path)
+        if file is None:  # it has been laid out whole
+            return read_here(tensor, start, end)
+        data = file.read(tensor.start + start, tensor.start + end)
+        with files.opened(tensor.path, os.O_WRONLY) as fd:
+            files.write_at(fd, data, tensor.start + start)
+        os.utime(tensor.path, ns=(file.modified_ns, file.modified_ns))
+        return bytes(data)
+
+    look_at(opened, read)
 
 
 def _header(file: RemoteFile) -> memoryview:

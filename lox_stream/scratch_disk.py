@@ -26,7 +26,7 @@ from lox_stream.checkpoint import TensorInfo
 from lox_stream.errors import Cancelled, CheckpointError, DataError, OutputError
 from lox_stream.matching import Step
 from lox_stream.names import printable
-from lox_stream.remote import PIECE_BYTES, RemoteFile, is_weights, lay_out
+from lox_stream.remote import PIECE_BYTES, RemoteFile, is_weights, lay_out, lay_out_tables
 
 CONNECTIONS = 8  # requests at a time, each for 8 MiB
 DEFAULT_BYTES = 40 << 30
@@ -115,6 +115,7 @@ class Scratch:
                 os.link(holes / file.name, path)
                 if is_weights(file.name):
                     self._remote[path] = file
+            lay_out_tables(found, folder)
         return folder
 
     def set_aside(self, n_bytes: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of, models_in
-from lox_stream.names import matches
+from lox_stream.names import matches, printable
+from lox_stream.tables import Read, equal_tables, padding_rows, tables_of, vocabulary_sizes
 
 SHARED = ("shared.weight", "*[./]shared.weight")
 EMBEDDINGS = (
@@ -33,11 +34,14 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
 def tied_partner(tensor: TensorInfo, other: Checkpoint) -> TensorInfo | None:
     """The tensor of `other` that holds what `tensor` is called there, where `other` keeps it under another name.
 
-    For example aligned's own `lm_head.weight` and the `model.embed_tokens.weight` of a base that ties the two.
+    For example aligned's own `lm_head.weight` and the `model.embed_tokens.weight` of a base that ties the two; of names
+    that are not known the only table with a row for each word, where the config of `other` ties.
     """
-    if not matches(tensor.name, EMBEDDINGS + HEADS):
-        return None
     other = model_of(other, tensor.name)
+    if not matches(tensor.name, EMBEDDINGS + HEADS):
+        words = [table for table in tables_of(other) if table.shape[0] in vocabulary_sizes(other.config)]
+        only = words[0] if says_tied(other.config) and len(words) == 1 else None
+        return only if only is not None and only.shape == tensor.shape else None
     is_head, head_is_own = matches(tensor.name, HEADS), says_tied(other.config) is False
     found = [
         candidate
@@ -52,13 +56,83 @@ def tied_partner(tensor: TensorInfo, other: Checkpoint) -> TensorInfo | None:
 def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Names stored beside the one they are tied to: `{"lm_head.weight": "model.embed_tokens.weight"}`.
 
-    Only where both are in the files, alike in shape and dtype. Both must get the same bytes, or the model that is
-    loaded depends on which one the loader takes.
+    Only where both are in the files, alike in shape, dtype and bytes. Both must get the same bytes, or the model that
+    is loaded depends on which one the loader takes. Reads samples of tables of a vocabulary.
     """
     return {name: leader for model in models_in(checkpoint) for name, leader in _tied_in(model).items()}
 
 
+def tie_warnings(checkpoint: Checkpoint) -> list[str]:
+    """That names which the config ties hold different numbers; complete messages."""
+    return [
+        f"{printable(model.folder / 'config.json')}: ties {printable(name)} to {printable(leader)}, but their numbers "
+        "differ: each is extrapolated by itself. transformers 5 loads both as they are, earlier versions only one of "
+        "them: set tie_word_embeddings to false there if both are meant"
+        for model in models_in(checkpoint)
+        for name, leader in _at_odds(model).items()
+    ]
+
+
+def look_at(checkpoint: Checkpoint, read: Read) -> None:
+    """Read through `read` whatever bytes a plan may look at: those that tell ties, and padding."""
+    for model in models_in(checkpoint):
+        equal_tables(_compared(model), read)
+        for table in tables_of(model):
+            padding_rows(table, model, read)
+
+
 def _tied_in(checkpoint: Checkpoint) -> dict[str, str]:
+    """By names that are known, and else by bytes: the name of a head is another one in every architecture."""
+    said = says_tied(checkpoint.config)
+    groups = _equal(checkpoint)
+    result = {name: leader for name, leader in _named(checkpoint).items() if _together(name, leader, groups)}
+    for group, told in groups if said is not False else ():
+        free = [table for table in group if table.name not in result]
+        leader = min(free, key=_leads, default=None)
+        if told and leader is not None:
+            result |= {table.name: leader.name for table in free if table is not leader}
+    return {name: result.get(leader, leader) for name, leader in result.items()}
+
+
+def _equal(checkpoint: Checkpoint) -> list[tuple[list[TensorInfo], bool]]:
+    """Tensors of the same bytes, and whether that tells anything: tables, and what torch has stored once."""
+    storages: dict[tuple[object, ...], list[TensorInfo]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.place is not None and tensor.n_bytes:
+            storages.setdefault((tensor.path, tensor.start, tensor.dtype, tensor.shape), []).append(tensor)
+    return [*((group, True) for group in storages.values() if len(group) > 1), *equal_tables(_compared(checkpoint))]
+
+
+def _compared(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """What may be one weight under two names; where the config unties the head, only what is tied all the same."""
+    named = _named(checkpoint)
+    found = [checkpoint.tensors[name] for name in dict.fromkeys([*named, *named.values()])]
+    others = [] if says_tied(checkpoint.config) is False else tables_of(checkpoint)
+    return [*found, *(table for table in others if table not in found)]
+
+
+def _together(name: str, other: str, groups: Iterable[tuple[list[TensorInfo], bool]]) -> bool:
+    return any({name, other} <= {tensor.name for tensor in group} for group, _ in groups)
+
+
+def _at_odds(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names that hold other numbers than those which they are tied to.
+
+    Where no name is known, two tables with a row for each word, if there are just two.
+    """
+    said = says_tied(checkpoint.config)
+    if said is False:
+        return {}
+    pairs, tied = _named(checkpoint), _tied_in(checkpoint)
+    sizes = vocabulary_sizes(checkpoint.config)
+    words = sorted((table for table in tables_of(checkpoint) if table.shape[0] in sizes), key=_leads)
+    if said and not pairs and len(words) == 2 and len({(table.shape, table.dtype) for table in words}) == 1:
+        pairs = {words[1].name: words[0].name}
+    return {name: leader for name, leader in pairs.items() if name not in tied}
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, str]:
+    """Known names that are tied if their bytes are equal, and the name that each is tied to."""
     tied = says_tied(checkpoint.config)
     known = [tensor for tensor in checkpoint.tensors.values() if matches(tensor.name, EMBEDDINGS + HEADS)]
     result = {}
@@ -75,6 +149,11 @@ def _tied_in(checkpoint: Checkpoint) -> dict[str, str]:
             leader = min(leaders, key=lambda other: (not _is_shared(other.name), _distance(other.name, tensor.name)))
             result[tensor.name] = leader.name
     return result
+
+
+def _leads(table: TensorInfo) -> tuple[bool, bool, str]:
+    """Sorts tables of the same bytes: what is known to be an embedding, what is called one, then by name."""
+    return not matches(table.name, EMBEDDINGS), "emb" not in table.name, table.name
 
 
 def _is_shared(name: str) -> bool:

@@ -7,7 +7,9 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import folders
 import pytest
+import torch
 
 from lox_stream import CheckpointError, DataError, Options, OutputError, anywhere, plan, remote
 from lox_stream.api import execute_all
@@ -258,3 +260,24 @@ def test_paths_here_need_no_scratch(pair):
     assert (reached.base, reached.aligned, reached.given) == (*pair, ("", ""))
     made = plan(*pair)
     assert as_given(made, reached) == made
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_a_plan_reads_beyond_headers_is_what_it_would_read_here(dry, tmp_path):
+    """Ties by bytes, and padding: holes would make everything equal, and every row of base padding."""
+    random = torch.Generator().manual_seed(0)
+    table, other = (torch.randn(3000, 256, generator=random) for _ in range(2))
+    padded = torch.cat([table, torch.zeros(100, 256)])
+    rest = {"model.layers.0.up.weight": torch.randn(40, 40, generator=random)}
+    base = folders.write(tmp_path / "base", {"embed": padded, "head": padded.clone(), "own": table, **rest})
+    grown = torch.cat([table + 0.01, other[:200]])
+    aligned = folders.write(tmp_path / "aligned", {"embed": grown, "head": grown.clone(), "own": other, **rest})
+    options = Options(on_shape_mismatch="overlap")
+    with Scratch(tmp_path / "scratch", 1 << 30) as scratch:
+        sides = [scratch.lay_out(side.name, Server(side).files(), dry=dry) for side in (base, aligned)]
+        found = [(one.name, one.seed_name, one.m, one.base.name) for one in plan(*sides, options=options).steps]
+        assert all(side.stat().st_mtime_ns == 10**18 for side in (s / "model.safetensors" for s in sides))
+    here = [(one.name, one.seed_name, one.m, one.base.name) for one in plan(base, aligned, options=options).steps]
+    assert sorted(found) == sorted(here)
+    assert ("head", "embed", 3000, "embed") in here
+    assert ("own", "own", 3000, "own") in here

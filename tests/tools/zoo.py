@@ -222,6 +222,25 @@ def stable_diffusion() -> diffusers.DiffusionPipeline:
     )
 
 
+def vits() -> torch.nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 24, "flow_size": 16}
+    layers = ("prior_encoder_num_flows", "duration_predictor_num_flows")
+    layers += ("posterior_encoder_num_wavenet_layers", "prior_encoder_num_wavenet_layers")
+    decoder = {"upsample_initial_channel": 16, "upsample_rates": [2, 2], "upsample_kernel_sizes": [4, 4]}
+    blocks = {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1]]}
+    config = t.VitsConfig(vocab_size=20, spectrogram_bins=9, **sizes, **dict.fromkeys(layers, 1), **decoder, **blocks)
+    return t.VitsModel(config)
+
+
+def sam() -> torch.nn.Module:
+    pictures = {**VISION, "image_size": 32, "patch_size": 8, "output_channels": 16, "mlp_dim": 48}
+    pictures.pop("intermediate_size")
+    prompts = {"hidden_size": 16, "image_size": 32, "patch_size": 8}
+    masks = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    pictures["global_attn_indexes"] = [1]
+    return t.SamModel(t.SamConfig(vision_config=pictures, prompt_encoder_config=prompts, mask_decoder_config=masks))
+
+
 ZOO: dict[str, Callable[[], torch.nn.Module]] = {
     # decoders
     "llama": lambda: causal(t.LlamaConfig),
@@ -324,6 +343,13 @@ ZOO: dict[str, Callable[[], torch.nn.Module]] = {
     "segformer": segformer,
     "wav2vec2": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**SPEECH, vocab_size=30)),
     "perceiver": perceiver,
+}
+NOT_IN_PEFT: dict[
+    str, Callable[[], torch.nn.Module]
+] = {  # it has no factors for transposed convolutions, nor for heads apart
+    "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(vocab_size=64, d_model=64, n_layer=2, n_head=2, d_inner=48)),
+    "vits": vits,
+    "sam": sam,
 }
 
 FUSED: dict[str, Callable[[], torch.nn.Module]] = {  # models with fused projections
