@@ -19,7 +19,7 @@ from lox_stream.regions import parts_of_each
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
 CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
 OTHER_S, OTHER_SMALL_S = 1.0e-9, 2.6e-9  # core seconds a byte of both weights for all else; `costs.kept` says small.
-# Both such that benchmarks/check_model.py comes out within 10 % on three models
+# Fitted to three models; benchmarks/check_model.py prints how far off these come out, and one that is none of them
 
 
 @dataclass(frozen=True, slots=True)
