@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -375,6 +376,12 @@ def test_the_cost_model_is_held_against_a_model_that_it_was_not_fitted_to():
     assert errors.keys() == {"135m", "1.1b", "4096", "70B in small"}
     assert all(one.keys() == {"computation", "run", "memory"} for one in errors.values())
     assert all(one["memory"] <= 1 for one in errors.values()), "what is predicted is the most"
+
+
+def test_the_docs_tell_the_error_of_the_cost_model_as_it_was_measured():
+    errors = json.loads((BENCHMARKS / "results" / "model.json").read_text())["errors"]
+    sentence = (ROOT / "docs" / "cli.md").read_text().split("the\ncomputation is off by ")[1].split("Whole runs")[0]
+    assert re.findall(r"[+-]\d+ %", sentence) == [f"{100 * one['computation']:+.0f} %" for one in errors.values()]
 
 
 @pytest.mark.torture
