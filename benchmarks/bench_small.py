@@ -36,8 +36,7 @@ from lox_stream.cli_bench import ALPHA
 from lox_stream.comparing import Judge
 from lox_stream.contenders import CONTENDERS, Contender, Problem, ours_together
 from lox_stream.costs import kept, together
-from lox_stream.options import Options
-from lox_stream.pipeline import thread_count
+from lox_stream.options import Options, thread_count
 from lox_stream.planning import plan
 from lox_stream.reference import Bands, leading
 from lox_stream.synthetic import hash_of, pair_of

@@ -34,8 +34,7 @@ from lox_stream.charts import OURS, picture
 from lox_stream.cli_bench import ALPHA, write_csv
 from lox_stream.comparing import Case, LeftOut, Measured, compare, fastest, verdict
 from lox_stream.contenders import CONTENDERS
-from lox_stream.options import Options
-from lox_stream.pipeline import thread_count
+from lox_stream.options import Options, thread_count
 from lox_stream.planning import plan
 from lox_stream.reference import Bands, Leading, leading
 from lox_stream.synthetic import hash_of, pair_of, power_law

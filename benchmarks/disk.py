@@ -66,6 +66,24 @@ def _sample(pid: int, ended: threading.Event, peak: list[int]) -> None:
         peak[0] = max(peak[0], kib << 10)
 
 
+def busy_s(folder: Path) -> float | None:
+    """Seconds since boot in which the disk under a folder had work; None where Linux does not tell, as of a tmpfs."""
+    number = folder.stat().st_dev
+    try:
+        lines = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
+    except OSError:
+        return None
+    named = [str(os.major(number)), str(os.minor(number))]
+    return next((int(words[12]) / 1000 for words in lines if words[:2] == named), None)
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two files have the same bytes, a block in memory at a time."""
+    with one.open("rb") as left, other.open("rb") as right:
+        blocks = iter(lambda: (left.read(CALL_BYTES), right.read(CALL_BYTES)), (b"", b""))
+        return all(a == b for a, b in blocks)
+
+
 def floor(sides: Sequence[Sequence[Path]], out: Path) -> int:
     """The same life of files as a run's, with nothing computed; returns the bytes that came from the disk.
 

@@ -179,17 +179,30 @@ class Table:
 
 
 def finish(benchmark: str, tables: Sequence[Table], results: Mapping[str, Any], file: Path | None = None) -> None:
-    """Print the tables and then one JSON line; also write them to `file` (Markdown) and beside it as .json."""
+    """Print the tables and then one JSON line; also `save` them to `file`."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables:
         table.show(console)
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = {"benchmark": benchmark, "time": when, "command": command(), "machine": machine(), **results}
+    record = record_of(benchmark, results)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join((_preamble(record), *(table.markdown() for table in tables))))
-        file.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        save(file, record, tables)
     print(json.dumps(record), flush=True)
+
+
+def record_of(benchmark: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results, with when, by which command and on which machine they were taken."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"benchmark": benchmark, "time": when, "command": command(), "machine": machine(), **results}
+
+
+def save(file: Path, record: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """The tables as Markdown, the record beside them as .json; a run that is killed leaves the earlier ones whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    markdown = "\n".join((_preamble(record), *(table.markdown() for table in tables)))
+    for path, text in ((file, markdown), (file.with_suffix(".json"), json.dumps(record, indent=2) + "\n")):
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(text)
+        fresh.replace(path)
 
 
 def command() -> str:

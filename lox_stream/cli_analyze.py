@@ -13,10 +13,10 @@ from rich.console import Group
 
 from lox_stream.errors import OutputError
 from lox_stream.messages import echo_json, escaped, warn
-from lox_stream.names import printable
+from lox_stream.names import counted, printable
 from lox_stream.options import Options
 from lox_stream.rendering import console_of, percent, shape_text, table_of
-from lox_stream.showing import counted, display, time_text
+from lox_stream.showing import display, time_text
 from lox_stream.signals import Interruption
 
 if TYPE_CHECKING:

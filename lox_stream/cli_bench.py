@@ -92,7 +92,7 @@ def _measured(request: Request, made: Plan) -> Iterator[Measured | LeftOut]:
     from lox_stream.cases import choose, load
     from lox_stream.comparing import Case, LeftOut, compare
     from lox_stream.contenders import CONTENDERS
-    from lox_stream.pipeline import thread_count
+    from lox_stream.options import thread_count
     from lox_stream.reference import Bands, leading
     from lox_stream.workers import Workers
 

@@ -12,6 +12,7 @@ CARD_MOST = 0.9  # of it, that may be asked for
 WORKSPACE_BYTES = 64 << 20  # of CUDA's libraries, and partial sums of kernels
 SLOTS, SLOT_BYTES = 4, 16 << 20  # of pinned memory, for each direction over a card
 PINNED_BYTES = 2 * SLOTS * SLOT_BYTES
+CARD_THREADS = 5  # for a GPU: two solve, one copies in, one writes, and one is on its way
 EXACT_FLOPS = 2e10  # a second of a float64 SVD, one core of an AMD EPYC (Zen 4) with other work beside it
 MOST_TOGETHER = 16  # 135M on 2 threads: 1.41 s by eights, 1.33 s by sixteens, 1.7 s one by one
 

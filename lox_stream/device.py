@@ -20,6 +20,7 @@ from lox_stream.options import Options, is_gpu
 from lox_stream.planning import Plan, too_large
 
 DRIVER = Path("/proc/driver/nvidia/version")
+SLOWER = "the GPU computes with the kernels of torch, which are slower (--kernels torch)"
 
 
 def settled(made: Plan) -> Plan:
@@ -44,15 +45,15 @@ def settled(made: Plan) -> Plan:
     if found:
         raise DeviceError(f"--device {options.device}: {found}. Compute on the CPU with --device cpu")
     if options.kernels == "torch":
-        return made
+        said = any(warning.startswith(SLOWER) for warning in made.warnings)  # where a plan is settled twice
+        return made if said else replace(made, warnings=(*made.warnings, f"{SLOWER}, as was asked for"))
     broken = without_triton(_asked(options)[0])
     if broken and options.kernels == "triton":
         raise DeviceError(f"--kernels triton: {broken}. Compute with those of torch, which are slower: --kernels torch")
-    warning = f"the GPU computes with the kernels of torch, which are slower (--kernels torch): {broken}"
     return replace(
         made,
         options=replace(options, kernels="torch" if broken else "triton"),
-        warnings=(*made.warnings, *([warning] if broken else [])),
+        warnings=(*made.warnings, *([f"{SLOWER}: {broken}"] if broken else [])),
     )
 
 

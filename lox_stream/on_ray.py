@@ -27,9 +27,8 @@ from lox_stream.device import settled
 from lox_stream.errors import Cancelled, DeviceError, InUseError, LoxError, OptionError
 from lox_stream.finishing import finish
 from lox_stream.installed import way_to
-from lox_stream.options import Options, is_gpu
+from lox_stream.options import Options, is_gpu, thread_count
 from lox_stream.output_rules import is_finished
-from lox_stream.pipeline import thread_count
 from lox_stream.planning import Plan
 from lox_stream.sharing import folder_of_part
 from lox_stream.spreading import Reach, part_of, parts_of, reached, require_seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -302,3 +303,10 @@ def _rules(value: object) -> list[str]:
         return [f"recipe is {shown(value)}, expected a tuple of Rule"]
     places = [rule.at or f"recipe, rule {i}" for i, rule in enumerate(value, 1)]
     return [f"{at}: {problem}" for at, rule in zip(places, value, strict=True) for problem in rule_problems(rule)]
+
+
+def thread_count(options: Options) -> int:
+    """Computing threads: as asked, or one for each core this process may use."""
+    if options.threads:
+        return options.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

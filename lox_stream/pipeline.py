@@ -9,7 +9,6 @@ is one tensor, or some small ones of one shape that lie near each other and are 
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import threading
 import traceback
@@ -27,7 +26,7 @@ from lox_stream.facts import TensorFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
-from lox_stream.options import Options
+from lox_stream.options import Options, thread_count
 from lox_stream.planning import Plan, memory_needed
 from lox_stream.processing import process
 from lox_stream.reader import Prefetch, Source
@@ -37,7 +36,6 @@ from lox_stream.workers import Workers
 TICK_S = 0.1
 WINDOW_BYTES = 2 << 30  # input that waits in the page cache, at most
 SPAN_BYTES = 64 << 20  # of aligned, from the first to the last step of a job
-CARD_THREADS = 5  # for a GPU: two solve, one copies in, one writes, and one is on its way
 FIRST = 8  # jobs that may change places
 
 Job = tuple[int, ...]  # indices of the steps that are carried out together
@@ -118,7 +116,7 @@ def compute_all(
     steps = _leaders(ways)
     cards = cards_of(options)
     count = 0 if cards is None else len(cards)
-    threads = max(thread_count(options), count * CARD_THREADS)
+    threads = max(thread_count(options), count * costs.CARD_THREADS)
     if cards is not None:
         cards.bound(threads)
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
@@ -321,10 +319,3 @@ def _work(
 
 def _finished(one: Written, numbers: Mapping[int, int]) -> Finished:
     return Finished(one.use.step, one.facts, one.target, numbers[id(one.use.way)])
-
-
-def thread_count(options: Options) -> int:
-    """Computing threads: as asked, or one for each core this process may use."""
-    if options.threads:
-        return options.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

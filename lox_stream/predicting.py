@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -11,14 +12,14 @@ from lox_stream import costs
 from lox_stream.errors import DeviceError, OptionError
 from lox_stream.fused import Part
 from lox_stream.matching import Step, output_bytes
-from lox_stream.options import gpu_count, is_gpu, parse_size
+from lox_stream.options import Options, gpu_count, is_gpu, parse_size, thread_count
 from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
 from lox_stream.regions import parts_of_each
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
 CORE_RATE = 2.9e9  # bytes of both weights that a core multiplies a second: delta_normal in benchmarks/results
 OTHER_S, OTHER_SMALL_S = 1.0e-9, 2.6e-9  # core seconds a byte of both weights for all else; `costs.kept` says small.
-# Both such that benchmarks/check_model.py comes out within 10 % on three models
+# Fitted to three models; benchmarks/check_model.py prints how far off these come out, and one that is none of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Prediction:
 
     read_bytes: int
     written_bytes: int
-    host_bytes: int  # of the largest step, and pinned for a card
+    host_bytes: int  # of our own buffers at most: the steps in work, the threads' tiles, and pinned for a card
     gpu_bytes: int  # of the largest matrix on a card, as it goes there; 0 without one
     in_blocks: int  # tensors that go to the card in blocks, for they are larger than its memory
     passes: float
@@ -127,14 +128,26 @@ def predict(plan: Plan, machine: Machine) -> Prediction:
     return Prediction(
         read_bytes=read,
         written_bytes=written,
-        host_bytes=max((memory_needed(step, plan.options) for step in here), default=0)
-        + bool(there) * cards * costs.PINNED_BYTES,
+        host_bytes=_host_bytes(changed, plan.options, machine, cards if there else 0),
         gpu_bytes=int(min(max(on_card.values(), default=0), room)),
         in_blocks=len(blocks),
         passes=machine.passes if iterated else 0.0,
         busy_s=busy,
         elapsed_s=max(busy.values()) if machine.disk and len(busy) > 1 else None,
     )
+
+
+def _host_bytes(steps: Iterable[Step], options: Options, machine: Machine, cards: int) -> int:
+    """As `pipeline` admits them: a job more than there are threads, each of as many small matrices as go together."""
+    threads = max(options.threads or math.ceil(machine.cores) or thread_count(options), cards * costs.CARD_THREADS)
+    own = costs.thread_bytes(threads) + cards * costs.PINNED_BYTES
+    needed = [(memory_needed(step, options), step) for step in steps]
+    jobs = [
+        each * costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) for each, step in needed
+    ]
+    in_work = min(sum(each for each, _ in needed), sum(heapq.nlargest(threads + 1, jobs)))
+    room = max(options.memory_bytes - own, options.memory_bytes // 4)
+    return own + max(min(in_work, room), max((each for each, _ in needed), default=0))
 
 
 def _iterated(steps: Iterable[Step], svd: str) -> bool:

@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lox_stream.checkpoint import whence
+from lox_stream.costs import PINNED_BYTES
 from lox_stream.matching import output_bytes
 from lox_stream.names import address_of, counted, listing, pattern_of, place_name, printable
-from lox_stream.options import Options, options_for
-from lox_stream.planning import Plan, Step, memory_needed
+from lox_stream.options import Options, gpu_count, is_gpu, options_for
+from lox_stream.planning import Plan, Step, card_memory_needed, memory_needed
 from lox_stream.predicting import Prediction
 from lox_stream.sharing import FOLDER
 from lox_stream.showing import budget_text, size_text, time_text
@@ -145,10 +146,18 @@ def _plan_totals(plan: Plan) -> list[tuple[str, object]]:
         *([("rescale", f"{counted(len(rescaled), 'tensor')}, {_size(rescaled)}, scales of FP8")] if rescaled else []),
     ]
     if changed:
-        most = max(changed, key=lambda step: memory_needed(step, plan.options))
-        needed = budget_text(memory_needed(most, plan.options))
-        rows.append(("memory", f"{needed} for {most.name}, of a budget of {budget_text(plan.options.memory_bytes)}"))
+        rows.append(("memory", f"{_memory(plan, changed)}, of a budget of {budget_text(plan.options.memory_bytes)}"))
     return rows
+
+
+def _memory(plan: Plan, changed: Sequence[Step]) -> str:
+    """What of the host's memory the largest step takes, and copies over a GPU; a GPU's own is not in it."""
+    most = max(changed, key=lambda step: memory_needed(step, plan.options))
+    needed = memory_needed(most, plan.options)
+    words = [f"{budget_text(needed)} for {most.name}"] if needed else []
+    if is_gpu(plan.options.device) and any(card_memory_needed(step, plan.options.svd) for step in changed):
+        words.append(f"{budget_text(gpu_count(plan.options.device) * PINNED_BYTES)} for copies over the GPU")
+    return " and ".join(words) or "tiles alone"
 
 
 def _adapter_rows(plan: Plan) -> list[tuple[str, object]]:
@@ -178,7 +187,7 @@ def prediction_table(prediction: Prediction) -> Group:
     """What a plan will move and hold; with a machine's rates, how long each part is busy."""
     rows: list[tuple[str, object]] = [
         ("disk", f"reads {size_text(prediction.read_bytes)}, writes {size_text(prediction.written_bytes)}"),
-        ("memory", f"{budget_text(prediction.host_bytes)} at most on the host, but for tiles"),
+        ("memory", f"{budget_text(prediction.host_bytes)} at most on the host"),
     ]
     if prediction.gpu_bytes:
         blocks = f"; {counted(prediction.in_blocks, 'tensor')} in blocks, in each pass" if prediction.in_blocks else ""

@@ -27,11 +27,13 @@ def power_law(count: int, exponent: float = 0.55, rank: int = 6, ratio: float | 
 def orthonormal(length: int, count: int, generator: torch.Generator) -> Tensor:
     """(length, count) float32 orthonormal columns with no small or large entries, count <= length.
 
+    Here as in all of this module, tensors lie where their generator does.
+
     Columns of the DCT-II matrix, rows shuffled and both sides given random signs: a Haar matrix needs a QR, which
     costs seconds at 4096.
     """
-    rows = (torch.randperm(length, generator=generator).double() + 0.5) * (math.pi / length)
-    frequencies = torch.randperm(length, generator=generator)[:count].double()
+    rows = (_shuffled(length, generator).double() + 0.5) * (math.pi / length)
+    frequencies = _shuffled(length, generator)[:count].double()
     matrix = torch.cos(rows[:, None] * frequencies) * math.sqrt(2 / length)
     matrix[:, frequencies == 0] = 1 / math.sqrt(length)
     return (_signs(length, generator)[:, None] * matrix * _signs(count, generator)).float()
@@ -40,12 +42,12 @@ def orthonormal(length: int, count: int, generator: torch.Generator) -> Tensor:
 def matrix(m: int, n: int, spectrum: Tensor, generator: torch.Generator) -> Tensor:
     """(m, n) float32 matrix with the given singular values (at most min(m, n) of them)."""
     u, v = orthonormal(m, len(spectrum), generator), orthonormal(n, len(spectrum), generator)
-    return (u * spectrum) @ v.T
+    return (u * spectrum.to(u.device)) @ v.T
 
 
 def weight(m: int, n: int, generator: torch.Generator) -> Tensor:
     """(m, n) float32 normal weights of deviation 0.02."""
-    return torch.randn(m, n, generator=generator).mul_(0.02)
+    return torch.randn(m, n, generator=generator, device=generator.device).mul_(0.02)
 
 
 def pair_of(
@@ -174,4 +176,8 @@ def _shards_of(shapes: Mapping[str, tuple[int, ...]], count: int) -> Iterator[di
 
 
 def _signs(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (count,), generator=generator).double().mul_(2).sub_(1)
+    return torch.randint(0, 2, (count,), generator=generator, device=generator.device).double().mul_(2).sub_(1)
+
+
+def _shuffled(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=generator, device=generator.device)

@@ -16,9 +16,8 @@ from lox_stream.fused import parts_of
 from lox_stream.kinds import stack_of
 from lox_stream.matching import Step, decide
 from lox_stream.names import printable
-from lox_stream.options import Options, check_options, options_for
+from lox_stream.options import Options, check_options, options_for, thread_count
 from lox_stream.outcomes import setting_of
-from lox_stream.pipeline import thread_count
 from lox_stream.planning import DEFAULTS
 from lox_stream.quantisation import FLOATS
 from lox_stream.reader import TORCH_DTYPES, grouped, matrix_of

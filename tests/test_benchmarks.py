@@ -6,13 +6,19 @@ import csv
 import hashlib
 import importlib
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from lox_stream import plan
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -237,21 +243,146 @@ def test_the_memory_of_a_small_giant_is_measured():
     assert {layers: peak > 1 << 20 for layers, peak in last_line(ran.stdout)["peaks"].items()} == {"2": True, "4": True}
 
 
+def gpu_day(folder, *options, seconds=480):
+    command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--smoke", str(folder), *options]
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "SECONDS_IN_ALL": str(seconds)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=seconds + 30)
+
+
 def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     pytest.importorskip("triton")
-    command = ["bash", str(BENCHMARKS / "gpu_day.sh"), "--smoke", str(tmp_path)]
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=200)
+    ran = gpu_day(tmp_path)
     assert ran.returncode == 0, ran.stderr
     figures = last_line(ran.stdout)
     assert figures == json.loads((tmp_path / "gpu.json").read_text())
-    kernels, solvers, layer, runs = figures["tables"].values()
-    assert {row[0].split()[0].strip(",") for row in kernels} == {"delta_matmul", "delta_rmatmul", "lowrank_update"}
+    assert (figures["left_out"], figures["to_come"], figures["wrong"]) == ([], [], [])
+    told, kernels, solvers, small, layer, runs = figures["tables"].values()
+    assert [row[1] for row in told] == ["pass", "pass"]
+    assert "passed" in (tmp_path / "tests.txt").read_text()
+    swept = {tuple(row[0].split(", ")[:2]) for row in kernels}
+    products = {(name, f"{lanes} columns") for name in ("delta_matmul", "delta_rmatmul") for lanes in (16, 32, 64)}
+    assert swept == products | {("lowrank_update", "rank 6")}
+    assert len(kernels) == 2 * len(products) + 3, "what is launched, and another tile of each"
     assert not any("-" in row[1:3] for row in kernels), "every candidate ran"
-    assert [float(row[2]) < 1e-3 for row in solvers if row[0].startswith("lox-stream")] == [True, True]
+    ours = [row for row in solvers if row[0].startswith("lox-stream") and "against" not in row[0]]
+    assert [float(row[2]) < 1e-3 for row in ours] == [True, True]
+    assert [row[1].endswith("x faster") for row in solvers if "against" in row[0]] == [True, True]
+    assert [row[0].split(",")[0].split(":")[0] for row in small] == [
+        "eigenvectors of 16 x 16",
+        "eigenvectors of 32 x 32",
+        "a step's launches",
+        "two matrices of 48 x 64",
+    ]
     assert layer[-1][0] == "80 layers"
-    assert len(runs) == 2
-    assert all(float(row[3].split("updates ")[1].split("%")[0]) > 10 for row in runs), "all went over the card"
+    assert [row[0].split(",")[0] for row in runs] == ["from /dev/shm", "from /dev/shm", "from disk"]
+    assert all(float(row[4].split("updates ")[1].split("%")[0]) > 0 for row in runs), "all went over the card"
+    assert all("reading " in row[4] for row in runs)
+    measured = [figure["what"] for figure in figures["targets"].values() if figure["measured"] != "not measured"]
+    assert len(measured) == len(figures["targets"]), "the leading table has them all"
+    markdown = (tmp_path / "gpu.md").read_text()
+    assert markdown.index("## Targets") < markdown.index("## Tests")
+
+
+def test_a_gpu_day_that_is_short_says_what_it_left_out_and_one_whose_tests_fail_fails(tmp_path):
+    pytest.importorskip("triton")
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    assert False\n")
+    results = tmp_path / "gpu.md"
+    ran = smoke("gpu_day.py", "--seconds", "40", "--tests", str(failing), "--results", str(results))
+    figures = last_line(ran.stdout)
+    assert ran.returncode == 1, ran.stderr
+    assert figures["tables"]["Tests"][0][1] == "FAIL"
+    assert figures["targets"]["tests"]["met"] is False
+    assert "assert False" in (tmp_path / "tests.txt").read_text()
+    ran = smoke("gpu_day.py", "--seconds", "1", "--results", str(results))
+    figures = last_line(ran.stdout)
+    assert ran.returncode == 0, "nothing failed"
+    rows = [row for table in figures["tables"].values() for row in table]
+    assert {row[-1] for row in rows} == {"left out: the time is up"}
+    assert figures["left_out"] == [row[0] for row in rows]
+    assert {figure["measured"] for name, figure in figures["targets"].items() if name != "day"} == {"not measured"}
+    assert results.read_text().count("| not measured |\n") == len(figures["targets"]) - 1
+
+
+def test_pending_has_every_figure_of_the_gpu_day_with_its_target():
+    pending = (BENCHMARKS / "results" / "PENDING.md").read_text()
+    for figure in benchmark("gpu_day_basis").figures().values():
+        assert f"| {figure.what} | {figure.target} | `benchmarks/gpu_day.sh` |" in pending
+    assert "to be written" not in pending
+
+
+def test_the_best_other_solver_is_one_that_is_as_right():
+    best_other = benchmark("gpu_day_basis").best_other
+    found = {"ours": (2.0, 0.9997), "careless": (1.0, 0.9996), "slow": (9.0, 0.9999), "next": (8.0, 0.9997)}
+    assert best_other(found, "ours") == (4.0, "next")
+    assert best_other({"ours": (2.0, 0.9997), "careless": (1.0, 0.9)}, "ours") is None
+
+
+def test_the_pair_of_a_gpu_day_is_as_large_as_space_and_time_allow(tmp_path, monkeypatch):
+    basis, runs = benchmark("gpu_day_basis"), benchmark("gpu_day_runs")
+    day = basis.Day(torch.device("cpu"), replace(basis.SMOKE, most_layers=9), basis.Clock(torch.device("cpu"), 1), 0.0)
+    sizes = [2 * sum(map(math.prod, runs._shard(day, number).values())) for number in range(4)]
+    for most, until, layers, ended_by in (
+        (sum(sizes[:3]), math.inf, 2, "space"),
+        (math.inf, 0.0, 1, "time"),
+        (math.inf, math.inf, 9, ""),
+        (sizes[0], math.inf, 0, "space"),
+    ):
+        pair = runs.Pair(tmp_path / f"{layers}{ended_by}")
+        pair.folder.mkdir()
+        pair.make(day, most, until)
+        assert (pair.layers, pair.ended_by) == (layers, ended_by)
+        made = plan(pair.folder / "base", pair.folder / "aligned")
+        assert sum(step.aligned.n_bytes for step in made.steps) == pair.n_bytes <= most
+    free = shutil.disk_usage(tmp_path).free
+    assert 5 * runs._most_bytes(tmp_path, "disk") < free
+    monkeypatch.setattr(runs, "_available_bytes", lambda: 1000)
+    assert 5 * runs._most_bytes(tmp_path, "/dev/shm") < 500
+
+
+def test_gpu_memory_beyond_the_budget_is_seen(monkeypatch):
+    basis, runs = benchmark("gpu_day_basis"), benchmark("gpu_day_runs")
+    day = basis.Day(torch.device("cuda"), basis.SMOKE, basis.Clock(torch.device("cpu"), 1), 0.0)
+    beside = 5 * runs.COMPUTE_LANES * runs.LIBRARY_BYTES
+    peaks = {"max_memory_allocated": 10**9 + 100, "max_memory_reserved": 10**9 + 100 + beside}
+    for name in peaks:
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: peaks[name])
+    assert runs._peaks(day, 100, 10**9, 5)[1]
+    assert not runs._peaks(day, 99, 10**9, 5)[1], "a byte more than that is too much"
+    assert runs._peaks(day, 100, 10**9, 5)[0] == f"1.00 GB used, {1 + beside / 1e9:.2f} GB kept of 1.00 GB"
+
+
+def test_results_that_cannot_be_written_leave_the_earlier_ones(tmp_path):
+    harness = benchmark("harness")
+    table = harness.Table("Figures", ("what", "time"), (("a", "1 s"),))
+    harness.save(tmp_path / "gpu.md", harness.record_of("gpu_day", {}), [table])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"gpu.md", "gpu.json"}
+    with pytest.raises(TypeError):
+        harness.save(tmp_path / "gpu.md", harness.record_of("gpu_day", {"figure": object()}), [table, table])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_time_of_a_disk_is_known_or_said_to_be_unknown(tmp_path):
+    disk = benchmark("disk")
+    assert disk.busy_s(Path("/proc")) is None
+    before = disk.busy_s(tmp_path)
+    assert before is None or 0 <= before <= disk.busy_s(tmp_path)
+
+
+def test_the_cost_model_is_held_against_a_model_that_it_was_not_fitted_to():
+    ran = smoke("check_model.py")
+    assert ran.returncode == 0, ran.stderr
+    errors = last_line(ran.stdout)["errors"]
+    assert errors.keys() == {"135m", "1.1b", "4096", "70B in small"}
+    assert all(one.keys() == {"computation", "run", "memory"} for one in errors.values())
+    assert all(one["memory"] <= 1 for one in errors.values()), "what is predicted is the most"
+
+
+def test_the_docs_tell_the_error_of_the_cost_model_as_it_was_measured():
+    errors = json.loads((BENCHMARKS / "results" / "model.json").read_text())["errors"]
+    sentence = (ROOT / "docs" / "cli.md").read_text().split("the\ncomputation is off by ")[1].split("Whole runs")[0]
+    assert re.findall(r"[+-]\d+ %", sentence) == [f"{100 * one['computation']:+.0f} %" for one in errors.values()]
 
 
 def test_what_the_benchmark_of_the_cloud_times_fetches_every_byte_once(monkeypatch):

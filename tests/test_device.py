@@ -61,6 +61,13 @@ def test_without_triton_torch_computes_and_says_why(pair, machine):
         made(pair, device="cuda", kernels="triton")
 
 
+def test_who_asks_for_the_kernels_of_torch_is_told_that_they_are_slower(pair, machine):
+    found = made(pair, device="cuda", kernels="torch")
+    assert found.warnings == (f"{device.SLOWER}, as was asked for",)
+    assert settled(found).warnings == found.warnings, "said once"
+    assert made(pair, device="cpu", kernels="auto").warnings == ()
+
+
 def test_where_triton_is_not_installed_that_is_said(pair, machine, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert "Triton is not installed. The extra [gpu] has it: pip install" in made(pair, device="cuda").warnings[0]

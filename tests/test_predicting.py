@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lox_stream import Options, plan
-from lox_stream.costs import PINNED_BYTES, bytes_on_card, part_rows
+from lox_stream.costs import CARD_THREADS, PINNED_BYTES, bytes_on_card, part_rows, step_bytes, thread_bytes
 from lox_stream.errors import DeviceError, MemoryBudgetError, OptionError
 from lox_stream.predicting import OTHER_S, Machine, parse_machine, predict
+from lox_stream.rendering import plan_tables
 from lox_stream.synthetic import write_pair
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -96,7 +99,9 @@ def test_what_is_predicted_is_what_arithmetic_gives(pair):
     assert away.busy_s["gpu"] == pytest.approx((2 * 5 * 2 * large + 2 * large) / 1e8)
     assert away.busy_s["cores"] == pytest.approx(2 * small * 5 / 1e6 / 4, rel=0.01)
     assert away.gpu_bytes == bytes_on_card(2000, 1000, 6, (2, 2))
-    assert away.host_bytes > PINNED_BYTES
+    small_bytes = step_bytes(300, 200, 6, "randomized")
+    assert here.host_bytes == step_bytes(2000, 1000, 6, "randomized") + small_bytes + thread_bytes(4)
+    assert away.host_bytes == small_bytes + PINNED_BYTES + thread_bytes(CARD_THREADS)
     assert away.elapsed_s == max(away.busy_s.values())
     assert len(steps) == 3
     assert OTHER_S < 1e-8, "small beside the passes above"
@@ -125,12 +130,12 @@ def test_several_gpus_share_the_work_and_torch_moves_more(pair):
     machine = Machine(disk=1e6, pcie=1e7, gpu=1e8, passes=5)
 
     def busy(**options):
-        found = predict(plan(*pair, options=Options(**options)), machine)
+        found = predict(plan(*pair, options=Options(threads=1, **options)), machine)
         return found.busy_s["pcie"], found.busy_s["gpu"], found.host_bytes
 
     one, two, torch = busy(device="cuda"), busy(device="cuda:0,1"), busy(device="cuda", kernels="torch")
     assert two[:2] == (one[0] / 2, one[1] / 2)
-    assert two[2] - one[2] == PINNED_BYTES
+    assert two[2] - one[2] == PINNED_BYTES + thread_bytes(CARD_THREADS)
     assert torch[:2] == (one[0], 4 * one[1])
 
 
@@ -146,8 +151,34 @@ def test_a_full_svd_and_wide_blocks_take_longer(pair):
 
 def test_passes_are_told_where_there_are_any(pair):
     for options in ({"rank": 0}, {"alpha": 0.0}, {"svd": "exact"}):
-        found = predict(plan(*pair, options=Options(device="cuda", **options)), Machine())
-        assert (found.passes, found.host_bytes < PINNED_BYTES or options == {"svd": "exact"}) == (0.0, True)
+        found = predict(plan(*pair, options=Options(device="cuda", threads=1, **options)), Machine())
+        nothing = found.host_bytes == thread_bytes(1)
+        assert (found.passes, nothing or options == {"svd": "exact"}) == (0.0, True)
+
+
+def test_the_memory_of_a_prediction_is_that_of_all_that_is_in_work_and_within_the_budget(pair):
+    def bytes_of(cores, **options):
+        return predict(plan(*pair, options=Options(**options)), Machine(cores=cores)).host_bytes
+
+    large = step_bytes(2000, 1000, 6, "randomized")
+    both = large + step_bytes(300, 200, 6, "randomized")
+    assert bytes_of(2.5) == both + thread_bytes(3)
+    assert bytes_of(2.5, threads=1) == both + thread_bytes(1)
+    assert bytes_of(1, memory_bytes=large + thread_bytes(1)) == large + thread_bytes(1), "one waits for the other"
+    assert bytes_of(1, memory_bytes=large) == large + thread_bytes(1), "one is always admitted"
+
+
+def test_a_plan_for_a_gpu_tells_what_the_host_holds(pair):
+    def told(**options):
+        console = Console(width=200, file=io.StringIO())
+        console.print(*plan_tables(plan(*pair, options=Options(**options))))
+        return next(line for line in console.file.getvalue().splitlines() if "of a budget" in line)
+
+    assert "for copies over the GPU" not in told()
+    assert "128 MiB for copies over the GPU, of a budget" in told(device="cuda", skip=("b.weight",))
+    assert " 0 B" not in told(device="cuda", skip=("b.weight",))
+    assert "for b.weight and 128 MiB for copies" in told(device="cuda")
+    assert "tiles alone, of a budget" in told(rank=0)
 
 
 def test_more_gpu_memory_than_the_card_has_is_refused(pair):
