@@ -20,6 +20,7 @@ from lox_stream.cli_options import (
     FILES,
     FOLDER,
     GLOBS,
+    HERE,
     HOST,
     MAX_SHARD_SIZE,
     METHOD,
@@ -360,7 +361,7 @@ def _understood(ctx: click.Context, given: dict[str, Any]) -> tuple[dict[str, An
 
 @commands.command("finish")
 @with_options(
-    click.argument("out", type=FOLDER, metavar="OUT"),
+    click.argument("out", type=HERE, metavar="OUT"),
     option(FILES, "--base", type=FOLDER, metavar="DIR", show_default="as part 1 had it", help="Where base lies here."),
     option(
         FILES, "--aligned", type=FOLDER, metavar="DIR", show_default="as part 1 had it", help="Where aligned lies here."
@@ -384,7 +385,7 @@ def _finish(out: Path, base: Path | None, aligned: Path | None, **given: Any) ->
 
 
 @commands.command("push")
-@click.argument("out", type=FOLDER, metavar="OUT")
+@click.argument("out", type=HERE, metavar="OUT")
 @click.argument("name", metavar="ORG/NAME")
 def _push(out: Path, name: str) -> int:
     """Upload a finished output, or an adapter, to the hub: a private model, in one commit.
@@ -419,7 +420,7 @@ def _inspect(folder: Path, recipe: Path | None, split_fused: bool, as_json: bool
 
 
 @commands.command("verify")
-@click.argument("out", type=FOLDER, metavar="OUT")
+@click.argument("out", type=HERE, metavar="OUT")
 @click.option("--base", type=FOLDER, metavar="DIR", help="The base that the run had; with --aligned.")
 @click.option("--aligned", type=FOLDER, metavar="DIR", help="The aligned model that the run had; with --base.")
 @click.option(
@@ -632,7 +633,7 @@ def _analyze(
 
 
 @commands.command("report")
-@click.argument("out", type=FOLDER, metavar="OUT")
+@click.argument("out", type=HERE, metavar="OUT")
 @click.option(
     "--report", type=FOLDER, metavar="FILE", show_default="OUT-report.html, here", help="Where to write the page."
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from lox_stream.errors import OptionError
-from lox_stream.names import printable
+from lox_stream.names import address_of, printable, without_secrets
 from lox_stream.options import Options, parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,7 +49,16 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-FOLDER = Folder(path_type=Path)
+class Here(Folder):
+    """A path of this machine: an address would become a strange one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and (address := address_of(value)):
+            self.fail(f"{without_secrets(address)} is an address, expected a folder here. Copy it first", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER, HERE = Folder(path_type=Path), Here(path_type=Path)
 
 
 def option(group: str, *names: str, **attributes: Any) -> Decorator[Any]:

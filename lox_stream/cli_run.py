@@ -418,10 +418,11 @@ def _stopped(request: Request) -> str:
     command = going_on(request.typed)
     places = [folder_of_part(folder, one.part) for folder, one in request.outputs]
     begun = [
-        place_name(place)
-        for place in places
-        if address_of(place) or (place / JOURNAL).exists() or (request.ray and begun_in_parts(place))
+        place_name(place) for place in places if (place / JOURNAL).exists() or (request.ray and begun_in_parts(place))
     ]
+    away = [place_name(place) for place in places if address_of(place)]
+    if away:
+        return f"stopped: {listing(away)} keeps what was uploaded, if anything. Go on with:\n  {command}"
     if not begun:
         return "stopped: nothing was written"
     verb = "keeps" if len(begun) == 1 else "keep"

@@ -11,7 +11,18 @@ from lox_stream.adapters import Factors, Pair
 from lox_stream.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, model_of, models_in
 from lox_stream.fused import Part, fused_warnings, parts_of
 from lox_stream.kinds import Kind, kind_of, stack_of
-from lox_stream.names import counted, listing, matches, near_misses, pattern_of, printable, shown, suggestion, unmatched
+from lox_stream.names import (
+    counted,
+    in_quotes,
+    listing,
+    matches,
+    near_misses,
+    pattern_of,
+    printable,
+    shown,
+    suggestion,
+    unmatched,
+)
 from lox_stream.options import Options, options_for, rule_for
 from lox_stream.pairing import Pairs, overlapping, pair
 from lox_stream.quantisation import FLOATS, INTEGERS, quantisation_problems, quantised_tensors
@@ -312,7 +323,7 @@ def _missing_problems(base: Checkpoint, names: list[str]) -> list[str]:
     """One message for all tensors that base lacks, since these are often many."""
     if not names:
         return []
-    globs = " ".join(f"--skip '{printable(pattern)}'" for pattern in dict.fromkeys(map(pattern_of, names)))
+    globs = " ".join(f"--skip {in_quotes(pattern)}" for pattern in dict.fromkeys(map(pattern_of, names)))
     own_name = names[0].split(".")[-2:]
     alike = [name for name in base.tensors if name.split(".")[-2:] == own_name]
     near = near_misses(names[0], alike, 1)
@@ -351,7 +362,7 @@ def _shape_problems(
         if len(problems) < _MANY:
             problems.append(
                 f"{name}: aligned is {tensor.shape}, base is {partner.shape}; expected the same shape. "
-                f"Copy it unchanged with --skip '{name}', or all such with --on-shape-mismatch copy{both}"
+                f"Copy it unchanged with --skip {in_quotes(name)}, or all such with --on-shape-mismatch copy{both}"
             )
         else:
             more.append(name)
@@ -378,7 +389,7 @@ def _dtype_problems(
                 pattern = pattern_of(printable(tensor.name))
                 problems[
                     f"{pattern}: dtype of {side} is {info.dtype}, expected F64, F32, F16 or BF16. "
-                    f"Copy it unchanged with --skip '{pattern}'"
+                    f"Copy it unchanged with --skip {in_quotes(pattern)}"
                 ] = None
     return list(problems)
 

@@ -21,6 +21,15 @@ def printable(name: str | PurePath) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
+def in_quotes(name: str | PurePath) -> str:
+    """A name as one word of a shell's command, which nobody should run unquoted; always in quotes.
+
+    >>> print(in_quotes("lm_head.weight"), in_quotes("a'b"))
+    'lm_head.weight' 'a'"'"'b'
+    """
+    return "'" + printable(name).replace("'", "'\"'\"'") + "'"
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """A value of a stranger's JSON, TOML or pickle as Python spells it, cut to `limit` characters."""
     try:

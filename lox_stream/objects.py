@@ -32,6 +32,7 @@ NO_PROFILES = (
     "boto3 is not installed; expected it for the profile that AWS_PROFILE names. Install it, which is in the extra "
     "[cloud], or set AWS_ACCESS_KEY_ID and its kin: " + way_to("cloud")
 )
+METADATA_SERVER = "169.254.169.254"  # where a machine of a cloud finds its own key
 CLIENT = {"timeout": "2 minutes", "connect_timeout": "20 seconds"}  # of one request, which is for 8 MiB at most
 RETRIES = {"max_retries": 2, "retry_timeout": timedelta(minutes=2)}  # of a request; `RemoteFile.read` asks again, too
 ON_THE_WEB = (  # what travels with a model, by its usual names: web servers list nothing
@@ -140,11 +141,24 @@ class Place:
             raise _problem(kind, f"{at}: {first_line(error)} It seems that {problem}") from error
         except Exception as error:  # of a Rust library, which has one class for all that it does not name
             if failed is ConnectionError:
-                raise ConnectionError(_reason(error)) from error
-            raise _problem(kind, f"{at}: the server, or the way to it, failed: {_reason(error)} Try again") from error
+                raise ConnectionError(_words(error)) from error
+            raise _problem(kind, f"{at}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
+    """What went wrong and the way out, as far as obstore's words tell; these are in the first line, or further down."""
+    said, found = str(error).lower(), first_line(error)
+    if "nosuchbucket" in said or ("404" in said and "list" in said):
+        return f"there is no such bucket: {found} Look at its name, and at AWS_ENDPOINT_URL for a server of your own"
+    if METADATA_SERVER in said:
+        return (
+            "no key for it is known: a cloud machine's own was asked for, and there is none. Set AWS_PROFILE, or "
+            "AWS_ACCESS_KEY_ID and its kin; for a bucket that is open to all AWS_SKIP_SIGNATURE=true"
+        )
+    return f"the server, or the way to it, failed: {_words(error)} Try again"
+
+
+def _words(error: Exception) -> str:
     """What obstore says in its first line; of a certificate it speaks further down."""
     distrusted = "its certificate is not one that this machine trusts. " if "certificate" in str(error).lower() else ""
     return distrusted + first_line(error)

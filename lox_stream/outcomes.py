@@ -12,7 +12,7 @@ from lox_stream.errors import DataError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.matching import Step, output_bytes
-from lox_stream.names import printable
+from lox_stream.names import in_quotes, printable
 from lox_stream.options import Options, options_for
 from lox_stream.regions import Region
 from lox_stream.update import Setting
@@ -75,7 +75,7 @@ def accepted(step: Step, problem: NotFinite, options: Options) -> NotFinite:
     copy = "Carry such tensors as zeros" if step.pairs else copy
     if isinstance(problem, OutOfRange) and step.dtype:
         copy = "Write a wider --dtype; or, where aligned itself is within its range, copy such tensors"
-    name = printable(step.name)
     raise DataError(
-        f"{name}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one with --skip '{name}'"
+        f"{printable(step.name)}: {problem}; expected finite numbers. {copy} with --on-nonfinite copy, or this one "
+        f"with --skip {in_quotes(step.name)}"
     ) from problem

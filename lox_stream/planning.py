@@ -17,7 +17,7 @@ from lox_stream.errors import CheckpointError, LoxError, MemoryBudgetError, Opti
 from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
-from lox_stream.names import listing, place_name, printable
+from lox_stream.names import in_quotes, listing, place_name, printable
 from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu, to_json
 from lox_stream.output_rules import is_finished, is_new, linked_problems, output_problems
 from lox_stream.output_rules import output_names as names_written
@@ -406,7 +406,7 @@ def _memory_problems(steps: tuple[Step, ...], options: Options) -> list[str]:
     ways = [f"--memory {-(-most // (1 << 20))}MiB", *(["--svd randomized"] if options.svd == "exact" else [])]
     return [
         f"{printable(over[0])}: needs {most} bytes of memory, the budget is {options.memory_bytes}{others}. "
-        f"Allow it with {' or '.join(ways)}, or copy it unchanged with --skip '{printable(over[0])}'"
+        f"Allow it with {' or '.join(ways)}, or copy it unchanged with --skip {in_quotes(over[0])}"
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lox_stream.checkpoint import Checkpoint, TensorInfo, model_of, models_in
-from lox_stream.names import listing, pattern_of, printable
+from lox_stream.names import in_quotes, listing, pattern_of, printable
 from lox_stream.scales import WEIGHTS, misfit, scaled_weights, weight_bits
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # what can be extrapolated
@@ -76,7 +76,7 @@ def quantisation_problems(
             by_scheme.setdefault(f"{schemes[name]} {why}".rstrip(), []).append(name)
     problems = []
     for scheme, names in by_scheme.items():
-        globs = " ".join(f"--skip '{printable(pattern)}'" for pattern in dict.fromkeys(map(pattern_of, names)))
+        globs = " ".join(f"--skip {in_quotes(pattern)}" for pattern in dict.fromkeys(map(pattern_of, names)))
         way = next((f" ({how})" for start, how in _WAYS.items() if scheme.startswith(start)), "")
         way_out = f"{way}, or copy them unchanged: {globs}" if side == "aligned" else way
         problems.append(

@@ -244,6 +244,8 @@ def adapter_summary(plan: Plan, summary: Summary) -> Group:
 
 def _loading(plan: Plan, summary: Summary) -> str:
     """How the program that it is for takes it."""
+    if address_of(summary.out):
+        return "copy it into a folder first: neither PEFT nor vLLM reads a bucket"
     if plan.options.form == "peft":
         return f"PeftModel.from_pretrained(model, {place_name(summary.out)!r})"
     rank = next(one for one in VLLM_RANKS if one >= min(plan.steps[0].pairs[0].rank, VLLM_RANKS[-1]))

@@ -19,7 +19,7 @@ from lox_stream.facts import TensorFacts
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, covered
 from lox_stream.merging import sides_of
-from lox_stream.names import printable
+from lox_stream.names import in_quotes, printable
 from lox_stream.options import Options, options_for
 from lox_stream.outcomes import Found, facts_for
 from lox_stream.reader import TORCH_DTYPES
@@ -118,7 +118,7 @@ class FactorSink:
                 name = printable(self.use.step.name)
                 raise DataError(
                     f"{printable(info.name)}: a factor of {name} is beyond the range of {info.dtype}. Leave the "
-                    f"tensor out with --skip '{name}'"
+                    f"tensor out with --skip {in_quotes(name)}"
                 )
 
     def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from folders import write
 from safetensors.torch import load_file, save_file
 
 from lox_stream import cli_run, messages
@@ -549,3 +551,20 @@ def test_a_closed_stdout_is_no_error(tmp_path):
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["verify"], ["finish"], ["report"], ["push", "me/lox"]], ids=str)
+def test_an_address_is_no_folder_of_this_machine(words):
+    ran = lox(words[0], "s3://bucket/out", *words[1:])
+    assert ran.exit_code == 2
+    assert "s3://bucket/out is an address, expected a folder here. Copy it first" in ran.stderr
+
+
+def test_a_hint_to_skip_a_name_is_one_word_of_a_shell(tmp_path):
+    name = "a'; touch pwned; echo '.weight"
+    base, aligned = (
+        write(tmp_path / side, {name: torch.full((4, 4), value)}) for side, value in (("b", 1.0), ("a", math.nan))
+    )
+    ran = lox("run", "--base", base, "--aligned", aligned, "--out", tmp_path / "out")
+    hint = ran.stderr.split("--skip ")[1].strip()
+    assert shlex.split(hint) == [name]
