@@ -62,6 +62,10 @@ def _rank(changed: Sequence[Finding], asked: Asked) -> list[str]:
             f"{standing} directions stand out of what noise would give in the median matrix, with {held} of the "
             "energy: a rank beyond that extrapolates noise, too."
         )
+    told.append(
+        "Which rank is enough to be safe is no matter of energy: --ladder makes the models between base and aligned, "
+        "for a judge of refusals to score."
+    )
     return told
 
 

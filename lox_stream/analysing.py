@@ -202,7 +202,7 @@ def _examined(
 
     counted = {step.name: replace(step, rank=max(asked.rank, step.rank)) for step in steps}  # for the memory it takes
     way = Way(counted, asked.options, lambda step: InMemory(0))
-    events = compute_all([way], stop=cancel, held_bytes=lambda step: examining_bytes(step, asked), process=process)
+    events = compute_all([way], stop=cancel, held_bytes=lambda step: examining_bytes(step, asked), procedure=process)
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, Finished):

@@ -22,6 +22,7 @@ from lox_stream.signals import Interruption
 if TYPE_CHECKING:
     from lox_stream.analysed import Finding
     from lox_stream.analysing import Analysis
+    from lox_stream.planning import Plan
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 16  # singular values as bars
@@ -38,6 +39,8 @@ class Request:
     out: Path | None
     report: Path | None
     figures: Path | None
+    ladder: str | None
+    rungs: tuple[int, ...]
     options: Options
     values: int
     ranks: tuple[int, ...]
@@ -59,6 +62,7 @@ def carry_out(request: Request) -> int:
 
             need("matplotlib", "--figures")
             _require_empty(request.figures)
+        plans = _ladder(request)
         from lox_stream.analysing import analyze
 
         with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
@@ -76,6 +80,8 @@ def carry_out(request: Request) -> int:
             )
         _write(request, found)
         _draw(request, found)
+        if plans:
+            _climb(request, plans, interruption)
         if request.as_json:
             from lox_stream.recording import document_of
 
@@ -85,6 +91,37 @@ def carry_out(request: Request) -> int:
         if not request.quiet:
             warn(found.warnings)
     return 0
+
+
+def _ladder(request: Request) -> list[Plan]:
+    """The plans of the ladder, so that what is wrong with it is said before the work."""
+    if request.ladder is None:
+        return []
+    from lox_stream.ladder import is_begun, plan_ladder
+
+    return plan_ladder(
+        request.base,
+        request.aligned,
+        request.ladder,
+        request.rungs,
+        options=request.options,
+        resume=is_begun(request.ladder, request.rungs),
+    )
+
+
+def _climb(request: Request, plans: Sequence[Plan], interruption: Interruption) -> None:
+    from lox_stream.api import execute_all
+    from lox_stream.ladder import is_begun
+
+    assert request.ladder is not None, "there are plans of it"
+    with display(console_of(stderr=True), "the ladder", quiet=request.quiet) as show, interruption.gently():
+        summaries = execute_all(
+            plans, resume=is_begun(request.ladder, request.rungs), progress=show, cancel=interruption.cancel
+        )
+    if not request.quiet:
+        for summary in summaries:
+            click.echo(escaped(f"wrote {summary.out}"), err=True)
+        warn(dict.fromkeys(warning for summary in summaries for warning in summary.warnings))
 
 
 def _require_room(out: Path) -> None:

@@ -9,6 +9,7 @@ is one tensor, or some small ones of one shape that lie near each other and are 
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 import traceback
@@ -105,12 +106,13 @@ def compute_all(
     in_order: bool = False,
     held_bytes: Callable[[Step], int] = lambda step: 0,
     source: Source | None = None,
-    process: Procedure = process,
+    procedure: Procedure | None = None,
 ) -> Generator[Finished | Tick, None, None]:
     """`compute` for several outputs of one pair: each tensor is read and solved once, for all that have it.
 
     The first output's options say how it is computed. A tensor's events come one after the other. `source` brings
-    weights here that lie elsewhere. `process` is what is done with the tensors of a job.
+    weights here that lie elsewhere. `procedure` is what is done with the
+    tensors of a job; by default they are extrapolated.
     """
     options = ways[0].options
     steps = _leaders(ways)
@@ -144,7 +146,9 @@ def compute_all(
                     raise Cancelled("stopped on request")
                 for job in admission.admit():
                     uses = [_uses(steps[i], ways) for i in job]
-                    workers.submit(_work(job, ways, partial(process, uses, workers.run, cards), workers, events))
+                    workers.submit(
+                        _work(job, ways, partial(procedure or process, uses, workers.run, cards), workers, events)
+                    )
                 try:
                     event = events.get(timeout=TICK_S)
                 except queue.Empty:
@@ -185,8 +189,8 @@ def _leaders(ways: Sequence[Way]) -> list[Step]:
     return sorted(found.values(), key=lambda step: (str(step.aligned.path), step.aligned.start))
 
 
-def _effort(step: Step) -> tuple[bool, bool]:
-    return rescaled(step) or step.action == "rescale", step.action == "extrapolate"
+def _effort(step: Step) -> tuple[bool, bool, float]:
+    return rescaled(step) or step.action == "rescale", step.action == "extrapolate", step.rank or math.inf
 
 
 def _memory_for(leader: Step, ways: Sequence[Way]) -> int:
@@ -297,14 +301,14 @@ class _Admission:
 def _work(
     job: Job,
     ways: Sequence[Way],
-    process: Callable[[], list[list[Written]]],
+    carry_out: Callable[[], list[list[Written]]],
     workers: Workers,
     events: queue.SimpleQueue[_Event],
 ) -> Callable[[], None]:
     def work() -> None:
         try:
             workers.check()
-            written = process()
+            written = carry_out()
         except BaseException as problem:  # raised where the events are read
             traceback.clear_frames(problem.__traceback__)  # which hold maps, and a GPU's memory
             if problem.__cause__ is not None:

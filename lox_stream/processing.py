@@ -86,7 +86,7 @@ class _Work:
 
     @property
     def step(self) -> Step:
-        """How it is extrapolated: for all that do so the same, but for alpha."""
+        """How it is extrapolated: for all that do so the same, but for alpha and rank."""
         return self.sinks[self.changing[0]].use.step
 
     @property
@@ -174,26 +174,40 @@ def _extrapolate(works: Sequence[_Work], run: Run, cards: Cards | None) -> None:
     with contextlib.ExitStack() as maps:
         sources = [_source(work, run, maps) for work in works]
         for some in _batches(steps, works[0].options):
-            matrices = [sources[i](region) for i, region in some]
-            try:
-                found = _solved(matrices, run, cards)
-            except LinAlgError as problem:  # of NaN that was not there in the pass that looks for it
-                raise DataError(
-                    f"{listing(steps[i].name for i, _ in some)}: no singular values were found: {problem} Was an input "
-                    "changed while it was read? Start again with --overwrite, with inputs that stay as they are"
-                ) from problem
-            for (i, region), matrix, outcomes in zip(some, matrices, found, strict=True):
-                _take(works[i], region, matrix, outcomes, run)
+            units = [unit for i, region in some for unit in sources[i](region)]
+            for rank in dict.fromkeys(unit.matrix.setting.rank for unit in units):
+                alike = [unit for unit in units if unit.matrix.setting.rank == rank]
+                try:
+                    found = _solved([unit.matrix for unit in alike], run, cards)
+                except LinAlgError as problem:  # of NaN that was not there in the pass that looks for it
+                    raise DataError(
+                        f"{listing(unit.work.step.name for unit in alike)}: no singular values were found: {problem} "
+                        "Was an input changed while it was read? Start again with --overwrite, with inputs that stay "
+                        "as they are"
+                    ) from problem
+                for unit, outcomes in zip(alike, found, strict=True):
+                    _take(unit, outcomes, run)
 
 
-def _take(work: _Work, region: Region, matrix: Matrix, outcomes: Sequence[Outcome], run: Run) -> None:
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A matrix of a tensor, and the sinks that what is solved of it goes to."""
+
+    work: _Work
+    region: Region
+    sinks: list[int]
+    matrix: Matrix
+
+
+def _take(unit: _Unit, outcomes: Sequence[Outcome], run: Run) -> None:
     """What became of a matrix in each of the outputs; where there was nothing to add, W1 as it is."""
-    for i, outcome in zip(work.changing, outcomes, strict=True):
+    work = unit.work
+    for i, outcome in zip(unit.sinks, outcomes, strict=True):
         before, sink = work.found[i], work.sinks[i]
         if isinstance(before, NotFinite):
             continue
         if isinstance(outcome, MatrixFacts) and outcome.method == "zero":
-            outcome = sink.unchanged(region, matrix, run) or outcome
+            outcome = sink.unchanged(unit.region, unit.matrix, run) or outcome
         if isinstance(outcome, NotFinite):
             work.found[i] = accepted(work.step, outcome, sink.use.way.options)
         else:
@@ -216,8 +230,8 @@ def _solved(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[t
     return extrapolate_matrices(matrices, run)
 
 
-def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Region], Matrix]:
-    """Makes the matrices of a tensor, over maps that are left open in `maps`."""
+def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Region], list[_Unit]]:
+    """Makes the matrices of a tensor, over maps that are left open in `maps`: one for each rank that is solved for."""
     step, options = work.step, work.options
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     aligned = fp8.elements(step.aligned, step.scaled, maps, run)
@@ -228,15 +242,15 @@ def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Regi
     def tell(notice: str) -> None:
         work.told.append(f"{printable(step.name)}: {notice}")
 
-    def matrix(region: Region) -> Matrix:
-        return Matrix(
-            matrix_of(aligned, region),
-            matrix_of(base, region),
-            setting_of(step, options, region),
-            tuple(work.sinks[i].outlet(region) for i in work.changing),
-            tell,
-            rounded_to,
-            judged_as,
-        )
+    def units(region: Region) -> list[_Unit]:
+        w1, w0 = matrix_of(aligned, region), matrix_of(base, region)
+        settings = {i: setting_of(work.sinks[i].use.step, options, region) for i in work.changing}
+        found = []
+        for rank in dict.fromkeys(setting.rank for setting in settings.values()):
+            sinks = [i for i, setting in settings.items() if setting.rank == rank]
+            outlets = tuple(work.sinks[i].outlet(region) for i in sinks)
+            matrix = Matrix(w1, w0, settings[sinks[0]], outlets, tell, rounded_to, judged_as)
+            found.append(_Unit(work, region, sinks, matrix))
+        return found
 
-    return matrix
+    return units

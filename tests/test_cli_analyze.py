@@ -136,3 +136,15 @@ def test_what_is_no_run_and_no_analysis_is_told(pair, tmp_path):
         assert ran.returncode == 1
         assert said in ran.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_ladder_is_written_beside_the_analysis(pair, tmp_path):
+    words = ("--ladder", tmp_path / "rung-{k}", "--rungs", "0,2", "--only", "*mlp*")
+    ran = of(pair, *words)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rung-0", "rung-2"]
+    assert (tmp_path / "rung-0" / "model.safetensors").read_bytes() == (pair[0] / "model.safetensors").read_bytes()
+    again = of(pair, *words)
+    assert again.returncode == 1
+    assert "holds a finished run" in again.stderr
+    assert of(pair, "--ladder", tmp_path / "rung").returncode == 2
