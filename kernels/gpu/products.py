@@ -37,14 +37,15 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
     return tiles_of(grains, splits) * grain
 
 
-def fits_loads(n: int) -> bool:
-    """Whether rows of n elements begin where a load of 16 bytes may: Triton knows it of multiples of 16.
+def fits_loads(length: int) -> bool:
+    """Whether what lies `length` elements after a load of 16 bytes can be loaded so: Triton knows it of multiples of 16.
 
-    Else the weights are loaded element by element, and all the addresses and masks take registers. So a tile is half
-    as wide there (at the whole width sm_80 spilled up to 876 bytes a thread; with twice the warps one block fitted,
-    not two), and the assembler may use all registers (it spilled some 20 bytes for one more block).
+    Where the columns are others, the weights are loaded element by element, and all the addresses and masks take
+    registers. A tile is half as wide there: at the whole width sm_80 spilled up to 876 bytes a thread, and with twice
+    the warps one block fitted a processor, not two. Where they, or the rows by which y's columns may lie apart, are
+    others, the assembler may use all registers: it spilled up to 44 bytes for one more block.
     """
-    return n % 16 == 0
+    return length % 16 == 0
 
 
 def part_rows(m: int, n: int) -> int:
@@ -106,7 +107,7 @@ def launch_of(
     }
     constants = {"SQUARES": squares, "PRECISION": precision}
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
-    most = None if fits_loads(n) else REGISTERS
+    most = None if fits_loads(n) and (not turned or fits_loads(whole or m)) else REGISTERS
     launch = Launch(kernel, (bands, splits), arguments, constants | blocks, warps, num_stages=3, most_registers=most)
     return launch, parts, sums
 
