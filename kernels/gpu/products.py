@@ -38,7 +38,7 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
 
 
 def fits_loads(length: int) -> bool:
-    """Whether what lies `length` elements after a load of 16 bytes can be loaded so: Triton knows it of multiples of 16.
+    """Whether what lies `length` elements after a load of 16 bytes is loaded so: Triton knows it of multiples of 16.
 
     Where the columns are others, the weights are loaded element by element, and all the addresses and masks take
     registers. A tile is half as wide there: at the whole width sm_80 spilled up to 876 bytes a thread, and with twice
