@@ -5,7 +5,8 @@
 
 What is compiled is what would be launched: the same description of a launch (kernels/gpu/launching.py), for weights
 that are not there. Exits 1 where a kernel spills registers, where two blocks do not fit a processor, where weights are
-loaded in less than 16 bytes, or where the tensor cores go on summing from tile to tile. The last line is JSON.
+loaded in less than 16 bytes though their sides are multiples of 16, or where the tensor cores go on summing from tile
+to tile. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ RESERVED_KIB = 1  # of shared memory, for each block
 BLOCKS = 2  # that have to fit a processor, so that one loads while the other computes
 LOAD_BYTES = 16
 M, N = 8192, 28672
-SMOKE = ["delta*bf16, 16 columns, squares", "lowrank_update bf16, rank 6, nearest", "partial_sums"]
+ODD = 8  # rows or columns more: no multiple of 16, so Triton does not know where a row begins, and loads fewer bytes
+SMOKE = [
+    "delta*bf16, 16 columns, squares",
+    "delta_matmul bf16, 16 columns, squares, *",
+    "lowrank_update bf16, rank 6, nearest",
+    "partial_sums",
+]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DOT = r"tt\.dot \S+, \S+, (\S+),|warp_group_dot \S+, \S+, (\S+) |tc_gen5_mma \S+, \S+, \S+, (\S+),"  # its sum before
 
@@ -58,7 +65,8 @@ class Compiled:
 
     @property
     def good(self) -> bool:
-        return self.spilled_bytes == 0 and self.blocks >= BLOCKS and self.load_bytes >= LOAD_BYTES and self.fresh
+        wide = self.load_bytes >= LOAD_BYTES or self.case.endswith(" more")
+        return self.spilled_bytes == 0 and self.blocks >= BLOCKS and wide and self.fresh
 
     def row(self) -> tuple[str, ...]:
         figures = (self.registers, self.spilled_bytes, self.shared_kib, self.blocks, self.load_bytes)
@@ -66,25 +74,39 @@ class Compiled:
 
 
 def cases() -> Iterator[tuple[str, Launch]]:
-    """Each kernel in the variants that are launched, for a weight of 70B."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    """Each kernel in the variants that are launched, for a weight of 70B and for others of odder sides."""
     for name, dtype in DTYPES.items():
-        w1, w0, out = (empty(M, N, dtype=dtype) for _ in range(3))
-        for lanes in (16, 32, 64):
-            for squares in (False, True):
-                how = f"{name}, {lanes} columns" + ", squares" * squares
-                yield f"delta_matmul {how}", delta_matmul.launch_of(w1, w0, empty(lanes, N).T, squares=squares)[0]
-                yield f"delta_rmatmul {how}", delta_rmatmul.launch_of(w1, w0, empty(lanes, M).T, squares=squares)[0]
-        for key in (None, (1, 2)) if dtype != torch.float32 else (None,):
-            how = "stochastic" if key else "nearest"
-            for rank in (6, 16, 64):
-                launch, _ = lowrank_update.launch_of(w1, empty(M, rank), empty(rank, N), out, key=key)
-                yield f"lowrank_update {name}, rank {rank}, {how}", launch
-            yield f"fullrank_update {name}, {how}", fullrank_update.launch_of(w1, w0, 1.25, out, key=key)[0]
+        yield from products(name, dtype, M, N)
+        yield from updates(name, dtype, M, N)
+        for case, launch in (*products(name, dtype, M, N + ODD), *updates(name, dtype, M, N + ODD)):
+            yield f"{case}, {ODD} columns more", launch
+        for case, launch in products(name, dtype, M + ODD, N):
+            if case.startswith("delta_rmatmul"):  # in no other kernel do rows lie side by side: those of y
+                yield f"{case}, {ODD} rows more", launch
     yield "partial_sums", partial_sums.launch_of(empty(8, M, 16), empty(M, 16))
+
+
+def products(name: str, dtype: torch.dtype, m: int, n: int) -> Iterator[tuple[str, Launch]]:
+    w1, w0 = empty(m, n, dtype=dtype), empty(m, n, dtype=dtype)
+    for lanes in (16, 32, 64):
+        for squares in (False, True):
+            how = f"{name}, {lanes} columns" + ", squares" * squares
+            yield f"delta_matmul {how}", delta_matmul.launch_of(w1, w0, empty(lanes, n).T, squares=squares)[0]
+            yield f"delta_rmatmul {how}", delta_rmatmul.launch_of(w1, w0, empty(lanes, m).T, squares=squares)[0]
+
+
+def updates(name: str, dtype: torch.dtype, m: int, n: int) -> Iterator[tuple[str, Launch]]:
+    w1, w0, out = (empty(m, n, dtype=dtype) for _ in range(3))
+    for key in (None, (1, 2)) if dtype != torch.float32 else (None,):
+        how = "stochastic" if key else "nearest"
+        for rank in (6, 16, 64):
+            launch, _ = lowrank_update.launch_of(w1, empty(m, rank), empty(rank, n), out, key=key)
+            yield f"lowrank_update {name}, rank {rank}, {how}", launch
+        yield f"fullrank_update {name}, {how}", fullrank_update.launch_of(w1, w0, 1.25, out, key=key)[0]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Target:

@@ -230,6 +230,12 @@ def law_low_rank_updates_are_those_of_the_cpu(k: SimpleNamespace) -> None:
     judge_update(k, 33, 140, torch.bfloat16, 256, KEY)
 
 
+def law_in_ten_thousand_elements_one_may_differ_from_the_cpu(k: SimpleNamespace) -> None:
+    """Of 20,800 two: a smaller matrix cannot tell, for one element is more than that share of it."""
+    for dtype, key in ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, KEY)):
+        judge_update(k, 160, 130, dtype, 6, key)
+
+
 def law_full_rank_updates_are_those_of_the_cpu(k: SimpleNamespace) -> None:
     for dtype, base in (
         (torch.bfloat16, None),
@@ -310,6 +316,7 @@ OF_TORCH = (
     *("products_agree_with_float64", "weights_may_have_any_row_stride", "scales_are_applied_before_the_products"),
     *("rows_of_a_matrix_have_the_bits_that_they_have_in_the_whole", "parts_are_added_in_their_order"),
     *("what_is_not_finite_shows_in_the_squares", "low_rank_updates_are_those_of_the_cpu", "what_overflows_is_counted"),
+    "in_ten_thousand_elements_one_may_differ_from_the_cpu",
 )
 
 
@@ -399,6 +406,7 @@ MUTATIONS = [  # file, what is right, what is wrong, the law that is broken
     ("lowrank_update.py", "(k[:, None] < RANK) & (cols[None, :] < n)", "(cols[None, :] < n)", LOW),
     ("numbers.py", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits + 0x8000", BITS),
     ("numbers.py", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits", BITS),
+    ("numbers.py", "bits + 0x7FFF", "bits + 0x7FF4", "in_ten_thousand_elements_one_may_differ_from_the_cpu"),
     (
         "numbers.py",
         "tl.where(not_finite(values), values, ((bits",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from late_card import LateCard, LateLane
+from late_card import LateCard, LateLane, lane_here, spoil
 from safetensors.torch import load_file
 
 from lox_stream import Options, blocks, card_delta, execute_all, extrapolate, lending, on_card, plan, stream
 from lox_stream.costs import bytes_on_card, part_rows
+from lox_stream.delta import NotFinite
 from lox_stream.device import indices, usable_bytes
 from lox_stream.errors import Cancelled, DataError, DeviceError
 from lox_stream.kernels import by_torch
@@ -23,6 +26,7 @@ from lox_stream.pipeline import Finished, compute, compute_all
 from lox_stream.planning import too_large
 from lox_stream.sinks import Way
 from lox_stream.synthetic import write_pair
+from lox_stream.update import alike
 
 # not imported yet: tests/test_gpu_kernels.py decides first whether kernels are interpreted
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -44,6 +48,8 @@ MUTATIONS = [  # the module, what is right, what is wrong
     (blocks, "slot.busy = self.into.record()", "pass"),
     (blocks, "slot.busy.wait()\n            found", "found"),
     (blocks, "slot.busy.wait()\n                emit", "emit"),
+    (blocks, "    found: list[float] = memory", "found: list[float] = memory"),  # once the slot is given back
+    (blocks, "    emit(part.start", "emit(part.start"),
     (blocks, "memory.copy_(source[part])\n                self.into", "self.into"),
     (blocks, "self.into.copy(there[part], memory)", "pass"),
     (blocks, "slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES)", "slice(i * SLOT_BYTES, (i + 1) * SLOT_BYTES - 2)"),
@@ -98,6 +104,22 @@ def small(module, monkeypatch):
     }.items():
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
+    if hasattr(module, "Loan"):  # `lending`, or a mutant of it
+        monkeypatch.setattr(module.Slots, "lent", spoiling(module.Slots.lent))
+
+
+def spoiling(lent):
+    """Slots that are spoiled when they are given back."""
+
+    @contextmanager
+    def spoiled(self):
+        with lent(self) as loan:
+            try:
+                yield loan
+            finally:
+                spoil(loan.memory, loan.busy)
+
+    return spoiled
 
 
 def bytes_of_weights(m, n, rank, element_bytes, rows=0):
@@ -423,6 +445,79 @@ def test_what_is_not_finite_is_said_with_its_place(tmp_path, monkeypatch):
     (aligned / "model.safetensors").write_bytes(data)
     with pytest.raises(DataError, match=r"aligned has inf at \[219, 149\]"):
         computed((base, aligned), monkeypatch)
+
+
+@pytest.mark.parametrize("memory", [MEMORY, IN_BLOCKS])
+def test_what_the_first_product_finds_not_finite_spoils_no_other_matrix(memory, tmp_path, expected, monkeypatch):
+    """The look at samples does not see the last element: the matrix is on the card when it is given up."""
+    base, aligned = write_pair(tmp_path, SHAPES)
+    file = aligned / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    first = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:first])["model.a.weight"]["data_offsets"]
+    data[first + end - 2 : first + end] = b"\x80\x7f"  # infinity
+    file.write_bytes(data)
+    options = Options(device="cuda", threads=4, on_nonfinite="copy")
+    found = bytes_of(computed((base, aligned), monkeypatch, one(memory=memory), options=options))
+    assert found.pop("model.a.weight") == bytes(data[first + begin : first + end])
+    assert found == {name: written for name, written in expected.items() if name != "model.a.weight"}
+
+
+ENDS = [
+    (on_card, "", ""),
+    (on_card, "compute.record().wait()\n                        return", "return"),
+]
+
+
+@pytest.mark.parametrize(("module", "right", "wrong"), ENDS, ids=lambda value: str(value)[:30])
+def test_a_matrix_without_an_update_leaves_when_its_work_is_done(module, right, wrong, pair, monkeypatch, tmp_path):
+    """What the solver launched last, and fetched nothing of, may still read memory that the next matrix will get."""
+    mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
+    card, left = Watched(), []
+
+    def solve_away(matrix, sample, op):
+        op._compute.launch(lambda: None)
+        return alike(matrix, NotFinite("aligned has nan"))
+
+    real = mutant.OnCard._extrapolate
+
+    def leaving(self, *given):
+        found = real(self, *given)
+        left.extend(lane.left for lane in card.lanes)
+        return found
+
+    monkeypatch.setattr(mutant, "solve_away", solve_away)
+    monkeypatch.setattr(mutant.OnCard, "_extrapolate", leaving)
+    options = Options(device="cuda", threads=1, on_nonfinite="copy")
+    computed(pair, monkeypatch, one(card, module=mutant), options=options)
+    assert len(left) == 5 * 4
+    assert any(left) == (right != wrong)
+
+
+OVERFLOWS = [
+    (on_card, "", ""),
+    (on_card, "if not isinstance(outcome, NotFinite):", "if outcome:"),
+]
+
+
+@pytest.mark.parametrize(("module", "right", "wrong"), OVERFLOWS, ids=lambda value: str(value)[:30])
+def test_an_output_beyond_its_dtype_does_not_leave_the_card(module, right, wrong, monkeypatch, tmp_path):
+    mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
+    pair, written = write_pair(tmp_path, {"model.a.weight": (220, 150)}, dtype=torch.float16), []
+    monkeypatch.setattr(Kept, "write", lambda self, offset, data: written.append(offset))
+    options = Options(device="cuda", threads=4, alpha=1e12)
+    with pytest.raises(DataError, match="the extrapolated weight is beyond the range of float16"):
+        computed(pair, monkeypatch, one(module=mutant), options=options)
+    assert bool(written) == (right != wrong)
+
+
+def test_memory_of_the_card_is_made_in_the_lane_that_fills_it(monkeypatch):
+    """torch keeps what was freed by lane, and earlier work there may use it still."""
+    moves, made_in, real = blocks.Moves(LateCard()), [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: made_in.append(lane_here()) or real(*shape, **how))
+    with moves.card.entered():
+        moves.room(2, 3, dtype=torch.bfloat16)
+    assert made_in == [moves.into]
 
 
 def test_a_difference_of_zero_is_copied(tmp_path, monkeypatch):

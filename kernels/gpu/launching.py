@@ -28,6 +28,7 @@ class Launch:
     constants: Mapping[str, object]
     num_warps: int
     num_stages: int
+    most_registers: int | None = None  # of a thread; None: the assembler weighs them against blocks a processor
 
     def __call__(self) -> None:
         with _launching:
@@ -43,6 +44,7 @@ class Launch:
             **self.constants,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.most_registers,
             "enable_fp_fusion": True,  # said because Triton's default changed in 3.10, and the bits with it
         }
 

@@ -16,6 +16,7 @@ PROGRAMS = 1024  # that a matrix is cut into where it is large enough: four roun
 GRAIN_M, GRAIN_N = 64, 128  # rows and columns in whole numbers of which a loop is cut, whatever the tiles
 FEWEST_SPLITS = 8  # of the rows, where there are enough: so a matrix can go through in blocks of a few of these
 FEWEST_GRAINS = 4  # of one program: below, starting its loads costs more than further programs give
+REGISTERS = 255  # that a thread can have
 PRECISION = "tf32x3"  # of a product; delta_matmul.py says why
 
 Tiles = Mapping[int, tuple[int, int, int]]  # lanes: rows and columns of a tile of 16-bit weights, warps
@@ -34,6 +35,17 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
     wanted = max(tiles_of(PROGRAMS, programs), FEWEST_SPLITS if turned else 1)
     splits = max(1, min(wanted, grains // FEWEST_GRAINS))
     return tiles_of(grains, splits) * grain
+
+
+def fits_loads(length: int) -> bool:
+    """Whether what lies `length` elements after a load of 16 bytes is loaded so: Triton knows it of multiples of 16.
+
+    Where the columns are others, the weights are loaded element by element, and all the addresses and masks take
+    registers. A tile is half as wide there: at the whole width sm_80 spilled up to 876 bytes a thread, and with twice
+    the warps one block fitted a processor, not two. Where they, or the rows by which y's columns may lie apart, are
+    others, the assembler may use all registers: it spilled up to 44 bytes for one more block.
+    """
+    return length % 16 == 0
 
 
 def part_rows(m: int, n: int) -> int:
@@ -65,8 +77,8 @@ def launch_of(
     check_float32(x, m if turned else n, w1.device)
     block_l = power_of_two_over(lanes, DOT_LANES)
     block_m, block_n, warps = tiles[block_l]
-    if max(w1.element_size(), w0.element_size()) > 2:  # a row of a tile has so many bytes
-        block_n //= 2
+    if max(w1.element_size(), w0.element_size()) > 2 or not fits_loads(n):
+        block_n //= 2  # of 32 bits a row of a tile has as many bytes then
     (outer, block_outer), (inner, block_inner) = (
         ((n, block_n), (m, block_m)) if turned else ((m, block_m), (n, block_n))
     )
@@ -95,7 +107,8 @@ def launch_of(
     }
     constants = {"SQUARES": squares, "PRECISION": precision}
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
-    launch = Launch(kernel, (bands, splits), arguments, constants | blocks, num_warps=warps, num_stages=3)
+    most = None if fits_loads(n) and (not turned or fits_loads(whole or m)) else REGISTERS
+    launch = Launch(kernel, (bands, splits), arguments, constants | blocks, warps, num_stages=3, most_registers=most)
     return launch, parts, sums
 
 

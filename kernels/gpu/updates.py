@@ -13,7 +13,7 @@ from torch import Tensor
 from .launching import Arguments, Launch, check_weights, signed32, tiles_of
 from .numbers import by_chance, narrowed, nearest, not_finite, words16
 
-BLOCK_M, BLOCK_N = 32, 128
+BLOCK_M, BLOCK_N = 32, 128  # not swept yet: benchmarks/gpu_day.sh
 
 
 @triton.jit

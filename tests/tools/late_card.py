@@ -1,7 +1,8 @@
 """A card whose lanes do nothing until somebody waits, and then no more than that waiting asks for.
 
 It keeps the promises of `lox_stream.cards` and no others: what a lane was not told to wait for has not happened when it
-goes on, a slot that is written again before its copy is done spoils that copy, and memory that nobody wrote is poison.
+goes on, a slot that is given back is overwritten as soon as its last copy is done (`spoil`), and memory that nobody
+wrote is poison.
 """
 
 from __future__ import annotations
@@ -19,6 +20,19 @@ _here = threading.local()
 
 def plain(values: Tensor) -> Tensor:
     return values.as_subclass(Tensor)
+
+
+def lane_here() -> LateLane | None:
+    """The lane that this thread has entered."""
+    return getattr(_here, "lane", None)
+
+
+def spoil(slot: Tensor, busy: LateEvent | None) -> None:
+    """Overwrite memory that was given back with the event after which it may be used again: NaN in every dtype."""
+    if busy is None:
+        slot.fill_(0xFF)
+    else:
+        busy.then(lambda: slot.fill_(0xFF))
 
 
 class LateCard:
@@ -63,7 +77,7 @@ class LateCard:
 
 def _catch_up() -> None:
     """What torch does itself in a lane that is entered comes after all that the lane was given before."""
-    lane = getattr(_here, "lane", None)
+    lane = lane_here()
     if lane is not None:
         lane.advance(len(lane.given))
 
@@ -92,7 +106,7 @@ class LateLane:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        before, _here.lane = getattr(_here, "lane", None), self
+        before, _here.lane = lane_here(), self
         try:
             yield
         finally:
@@ -128,3 +142,12 @@ class LateEvent:
 
     def wait(self) -> None:
         self.lane.advance(self.place)
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Do something the moment this point is reached, before the lane does anything else."""
+        with self.lane.card.working:
+            if self.lane.left <= len(self.lane.given) - self.place:
+                work()
+                return
+            last = self.lane.given[self.place - 1]
+            self.lane.given[self.place - 1] = lambda: (last(), work())
