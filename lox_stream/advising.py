@@ -19,11 +19,18 @@ NAMED = 3  # modules or layers in a sentence
 def advice(findings: Sequence[Finding], asked: Asked) -> tuple[str, ...]:
     """On the pair, the rank, alpha and rounding, where rounding is worst, what carries the update, and robustness."""
     changed = [one for one in findings if one.spectrum is not None]
+    if not changed and any(one.notices for one in findings):
+        return ("No matrix could be looked at: the warnings say why.",)
     if not changed:
         return (
             "Base and aligned are the same in every matrix: there is nothing to extrapolate. Is one of them wrong?",
         )
     told = [_pair(findings, changed), *_rank(changed, asked), *_alpha(changed, asked), *_carriers(changed, asked)]
+    if any(rule.rank is not None or rule.alpha is not None for rule in asked.options.recipe):
+        told.append(
+            "The recipe has other ranks or factors for some matrices; what is said here is for rank "
+            f"{asked.options.rank} and alpha {asked.options.alpha:g} in all of them."
+        )
     for conventions, means in (
         ("", mean_of(one.ours for one in changed)),
         (", by the conventions of the paper's code", mean_of(one.reference for one in changed)),
@@ -36,11 +43,11 @@ def advice(findings: Sequence[Finding], asked: Asked) -> tuple[str, ...]:
 def _pair(findings: Sequence[Finding], changed: Sequence[Finding]) -> str:
     relative = statistics.median(one.relative for one in changed)
     size = f"|delta| is {_percent(relative)} of |W| in the median matrix"
-    still = len(findings) - len(changed)
+    still = sum(one.spectrum is None and not one.notices for one in findings)
     same = f"; {still} of {len(findings)} matrices have no difference" if still else ""
     if relative > SUSPICIOUS:
         return f"They do not look like a pair: {size}{same}. Fine-tuning gives a few percent: is this the right base?"
-    if relative < FAINT:
+    if relative < FAINT and any(one.dtype not in ("F32", "F64") for one in changed):
         return f"They are nearly the same: {size}{same}. An update of that size is lost in 16 bits; write float32."
     return f"They look like a pair: {size}{same}."
 
@@ -50,17 +57,18 @@ def _rank(changed: Sequence[Finding], asked: Asked) -> list[str]:
     gaps = [one.spectrum.gaps[k - 1] for one in changed if one.spectrum and len(one.spectrum.gaps) >= k]
     gap = f"; s_{k + 1} / s_{k} is {statistics.median(gaps):.2f} in the median matrix" if gaps else ""
     told = [f"Rank {k} holds {_percent(energy_of(changed, k))} of the energy of all differences{gap}."]
-    standing = int(statistics.median(one.bulk.outliers for one in changed if one.bulk))
-    if standing >= asked.values:
+    bulks = [one.bulk for one in changed if one.bulk]
+    standing = int(statistics.median(bulk.outliers for bulk in bulks))
+    if 2 * sum(bulk.more for bulk in bulks) > len(bulks):
         told.append(
-            f"All {asked.values} directions that were looked at stand out of what noise would give: the difference "
-            "has no low rank of its own, and any rank is a choice."
+            f"All {asked.values} directions that were looked at stand out of what noise would give in most matrices: "
+            "the difference has no low rank of its own, and any rank is a choice."
         )
     else:
-        held = _percent(energy_of(changed, standing)) if standing else "none"
+        part = f", with {_percent(energy_of(changed, standing))} of the energy" if 0 < standing <= asked.values else ""
         told.append(
-            f"{standing} directions stand out of what noise would give in the median matrix, with {held} of the "
-            "energy: a rank beyond that extrapolates noise, too."
+            f"{standing} directions stand out of what noise would give in the median matrix{part}: a rank beyond that "
+            "extrapolates noise, too."
         )
     told.append(
         "Which rank is enough to be safe is no matter of energy: --ladder makes the models between base and aligned, "
@@ -102,11 +110,13 @@ def _carriers(changed: Sequence[Finding], asked: Asked) -> list[str]:
 
 def _robustness(means: Means, conventions: str) -> str:
     assert means.finetuned is not None, "asked before"
+    assert means.kept is not None, "known where R_ft is"
     left = f"; R_ft / R_align is {means.left:.3f}" if means.left is not None else ""
     return (
         f"The {means.rank} leading directions hold {means.align:.3f} of the alignment's norm (R_align) and "
         f"{means.finetuned:.3f} of what is there after fine-tuning (R_ft){conventions}{left}, in the mean of "
-        f"{means.matrices} matrices."
+        f"{means.matrices} matrices. Of the alignment's leading part itself {_percent(means.kept)} is there after it"
+        f"{' (it is reversed)' if means.kept < 0 else ''}."
     )
 
 
@@ -128,4 +138,4 @@ def _part(findings: Iterable[Finding], k: int) -> float:
 
 def _percent(share: float) -> str:
     """Two figures: `0.31 %`, `61 %`."""
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.3g} %"
+    return f"{100 * share:.2g} %" if abs(share) < 0.995 else f"{100 * share:.3g} %"

@@ -41,6 +41,7 @@ class Robustness:
     rank: int
     align: float  # R of W_aligned - W_base
     finetuned: float | None = None  # R of W_finetuned - W_base
+    kept: float | None = None  # <W_finetuned - W_base, Proj_k delta> / |Proj_k delta|^2: 1 all, 0 none, < 0 reversed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Finding:
     label: str  # "", or "[3]" in a stack, "[q]" of a fused one
     m: int
     n: int
-    dtype: str  # of aligned, as safetensors names it
+    dtype: str  # of the output, as safetensors names it
     delta_norm: float  # |W1 - W0|_F
     weight_norm: float  # |W1|_F
     spectrum: Spectrum | None = None  # of W1 - W0; None where that is zero
@@ -109,6 +110,7 @@ class Means:
     rank: int
     align: float
     finetuned: float | None
+    kept: float | None
 
     @property
     def left(self) -> float | None:
@@ -117,16 +119,18 @@ class Means:
 
 
 def mean_of(found: Iterable[Robustness | None]) -> Means | None:
-    """The means of what is there; None for nothing."""
+    """The means of what is there, where the fine-tuned model has some matrices of these alone; None for nothing."""
     rows = [one for one in found if one is not None]
+    later = [one for one in rows if one.finetuned is not None]
+    rows = later or rows
     if not rows:
         return None
-    finetuned = [one.finetuned for one in rows if one.finetuned is not None]
     return Means(
         matrices=len(rows),
         rank=max(one.rank for one in rows),
         align=math.fsum(one.align for one in rows) / len(rows),
-        finetuned=math.fsum(finetuned) / len(finetuned) if len(finetuned) == len(rows) else None,
+        finetuned=math.fsum(one.finetuned or 0.0 for one in later) / len(later) if later else None,
+        kept=math.fsum(one.kept or 0.0 for one in later) / len(later) if later else None,
     )
 
 

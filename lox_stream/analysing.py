@@ -16,13 +16,13 @@ from lox_stream.adapters import is_adapter
 from lox_stream.analysed import Finding
 from lox_stream.api import Progress
 from lox_stream.copying import InMemory
-from lox_stream.errors import CheckpointError, OptionError
+from lox_stream.errors import CheckpointError, MemoryBudgetError, OptionError
 from lox_stream.examining import Asked, examined, examining_bytes
 from lox_stream.facts import TensorFacts
 from lox_stream.hub import local
 from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step
-from lox_stream.names import listing, printable, shown
+from lox_stream.names import in_quotes, listing, printable, shown
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, check_platform
 from lox_stream.pipeline import Finished, compute_all
@@ -85,6 +85,7 @@ def analyze(
     steps = [step for step in made.steps if step.action in ("extrapolate", "rescale")]
     if not steps:
         raise OptionError("there is no matrix that a run would extrapolate, expected one at least")
+    _require_memory(steps, asked)
     later: dict[str, Step] = {}
     told: tuple[str, ...] = ()
     if finetuned is not None:
@@ -103,11 +104,25 @@ def analyze(
     )
 
 
+def _require_memory(steps: Sequence[Step], asked: Asked) -> None:
+    """Raise MemoryBudgetError where the largest matrix alone takes more than it may."""
+    needed = {step.name: examining_bytes(step, asked) for step in steps}
+    worst = max(needed, key=lambda name: needed[name])
+    if needed[worst] > asked.options.memory_bytes:
+        raise MemoryBudgetError(
+            f"{printable(worst)}: to look at it needs {needed[worst]} bytes of memory, the budget is "
+            f"{asked.options.memory_bytes}. Allow it with --memory {-(-needed[worst] // (1 << 20))}MiB, or leave it "
+            f"out with --skip {in_quotes(worst)}"
+        )
+
+
 def _asked(options: Options, values: int, ranks: Sequence[int], alphas: Sequence[float], *, reference: bool) -> Asked:
     """The grid with the run's own rank and alpha in it; raises OptionError."""
     problems = []
     if options.form != "weights" or options.part:
         problems.append("form and part are for what is written, expected Options without them")
+    if options.alpha == 0:
+        problems.append("--alpha 0: expected another factor, for it adds nothing. 1.25 is the paper's")
     if options.rank < 1:
         problems.append(f"--rank {options.rank}: expected 1 or more: full rank has no leading directions")
     if type(values) is not int or not 1 <= values <= MOST_VALUES:

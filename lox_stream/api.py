@@ -93,7 +93,7 @@ def execute_all(
     """`execute` for several outputs of one pair: every tensor is read and solved once, and written to each.
 
     The plans differ in `out`, and of their options in `alpha`, `rank` and `form` alone; the first one's say how it is
-    computed, to the largest rank if all have it as `solved_rank`.
+    computed. A matrix is solved once for each rank.
     `source` is what brings the weights here, of models that `reaching.reached` has laid out. What is finished is synced
     and journalled after `batch_s`, by default 30 seconds or 1 GiB.
     """

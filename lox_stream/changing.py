@@ -74,7 +74,7 @@ def _one_by_factors(
     def emit(first: int, tile: Tensor) -> None:
         target.write((region.start + first) * tile.element_size(), as_bytes(tile))
 
-    outlet = Outlet(setting.options.alpha, emit, rank=step.rank)
+    outlet = Outlet(setting.options.alpha, emit)
     matrix = Matrix(w0, w0, setting, (outlet,), rounded_to=TORCH_DTYPES[step.dtype] if step.dtype else None)
     try:
         facts = (merged_by if merged else update_by)(factors_at(step, region), matrix, run)

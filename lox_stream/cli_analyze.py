@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Group
 
-from lox_stream.errors import OutputError
-from lox_stream.messages import echo_json, escaped, warn
+from lox_stream.errors import Cancelled, OutputError
+from lox_stream.messages import NOT_CONVERGED, echo_json, escaped, warn
 from lox_stream.names import counted, printable
 from lox_stream.options import Options
+from lox_stream.output_rules import nearest_folder
 from lox_stream.rendering import console_of, percent, shape_text, table_of
 from lox_stream.showing import display, time_text
 from lox_stream.signals import Interruption
@@ -52,45 +53,54 @@ class Request:
 
 def carry_out(request: Request) -> int:
     """Analyse, show, and return the exit code."""
-    with Interruption(lambda: "stopped: nothing was written") as interruption:
-        if request.out is not None:
-            _require_room(request.out)
-        if request.report is not None:
-            require_new(request.report, "--report")
-        if request.figures is not None:
-            from lox_stream.charts import need
+    with Interruption(lambda: _stopped(request)) as interruption:
+        try:
+            return _carried_out(request, interruption)
+        except Cancelled:
+            assert interruption.number is not None, "nobody else cancels"
+            interruption.leave(interruption.number)
 
-            need("matplotlib", "--figures")
-            _require_empty(request.figures)
-        plans = _ladder(request)
-        from lox_stream.analysing import analyze
 
-        with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
-            found = analyze(
-                request.base,
-                request.aligned,
-                finetuned=request.finetuned,
-                options=request.options,
-                values=request.values,
-                ranks=request.ranks,
-                alphas=request.alphas,
-                reference=request.reference,
-                progress=show,
-                cancel=interruption.cancel,
-            )
-        _write(request, found)
-        _draw(request, found)
-        if plans:
-            _climb(request, plans, interruption)
-        if request.as_json:
-            from lox_stream.recording import document_of
+def _carried_out(request: Request, interruption: Interruption) -> int:
+    _require_room(request)
+    plans = _ladder(request)
+    from lox_stream.analysing import analyze
 
-            echo_json(document_of(found))
-        elif not request.quiet:
-            _show(found)
-        if not request.quiet:
-            warn(found.warnings)
-    return 0
+    with display(console_of(stderr=True), "analysing", quiet=request.quiet) as show, interruption.gently():
+        found = analyze(
+            request.base,
+            request.aligned,
+            finetuned=request.finetuned,
+            options=request.options,
+            values=request.values,
+            ranks=request.ranks,
+            alphas=request.alphas,
+            reference=request.reference,
+            progress=show,
+            cancel=interruption.cancel,
+        )
+    code = _climb(request, plans, interruption) if plans else 0
+    if request.as_json:
+        from lox_stream.recording import document_of
+
+        echo_json(document_of(found))
+    elif not request.quiet:
+        _show(found)
+    _write(request, found)
+    _draw(request, found)
+    if not request.quiet:
+        warn(found.warnings)
+    return code
+
+
+def _stopped(request: Request) -> str:
+    """What a stopped command leaves: a ladder's folders, for all else is written at the end."""
+    if request.ladder is not None:
+        from lox_stream.ladder import is_begun
+
+        if is_begun(request.ladder, request.rungs):
+            return "stopped: the ladder's folders keep what is finished. Go on with the same command"
+    return "stopped: nothing was written"
 
 
 def _ladder(request: Request) -> list[Plan]:
@@ -109,7 +119,8 @@ def _ladder(request: Request) -> list[Plan]:
     )
 
 
-def _climb(request: Request, plans: Sequence[Plan], interruption: Interruption) -> None:
+def _climb(request: Request, plans: Sequence[Plan], interruption: Interruption) -> int:
+    """Write the ladder; the exit code, which is that of a run."""
     from lox_stream.api import execute_all
     from lox_stream.ladder import is_begun
 
@@ -122,15 +133,33 @@ def _climb(request: Request, plans: Sequence[Plan], interruption: Interruption) 
         for summary in summaries:
             click.echo(escaped(f"wrote {summary.out}"), err=True)
         warn(dict.fromkeys(warning for summary in summaries for warning in summary.warnings))
+    return NOT_CONVERGED if any(summary.totals.not_converged for summary in summaries) else 0
 
 
-def _require_room(out: Path) -> None:
-    """Nothing is replaced: the folder is new, or holds no analysis."""
-    there = [name for name in (DOCUMENT, TABLE) if os.path.lexists(out / name)]
-    if there:
-        raise OutputError(f"{printable(out / there[0])}: is there already, expected none. Choose another --out")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{printable(out)}: is a file, expected a folder, or a name for a new one")
+def _require_room(request: Request) -> None:
+    """Nothing is replaced, and what cannot be written is said before the work."""
+    if request.out is not None:
+        out = request.out
+        there = [name for name in (DOCUMENT, TABLE) if os.path.lexists(out / name)]
+        if there:
+            raise OutputError(f"{printable(out / there[0])}: is there already, expected none. Choose another --out")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{printable(out)}: is a file, expected a folder, or a name for a new one")
+        _require_writable(out)
+    if request.report is not None:
+        require_new(request.report, "--report")
+    if request.figures is not None:
+        from lox_stream.charts import need
+
+        need("matplotlib", "--figures")
+        _require_empty(request.figures)
+        _require_writable(request.figures)
+
+
+def _require_writable(folder: Path) -> None:
+    nearest = nearest_folder(folder)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{printable(folder)}: no permission to write in {printable(nearest)}. Choose another folder")
 
 
 def _require_empty(folder: Path) -> None:
@@ -145,6 +174,7 @@ def require_new(path: Path, option: str) -> None:
         raise OutputError(f"{option} {printable(path)}: is there already, expected a new file. Choose another name")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{option} {printable(path)}: has no folder, expected one that is there. Make it first")
+    _require_writable(path.absolute().parent)
 
 
 def _write(request: Request, found: Analysis) -> None:
@@ -172,6 +202,9 @@ def _draw(request: Request, found: Analysis) -> None:
 
     with explained(request.figures, "write figures there", "Choose another folder, or change its permissions"):
         make_folder(request.figures)
+        if not any(one.spectrum for one in found.findings):
+            warn([f"{printable(request.figures)}: no figures are drawn, for there is no difference"])
+            return
         for path in figures_of(found, request.figures):
             if not request.quiet:
                 click.echo(escaped(f"wrote {path}"), err=True)
@@ -217,7 +250,7 @@ def modules_table(found: Analysis) -> Group:
         groups.setdefault(one.module, []).append(one)
     tuned = found.finetuned is not None
     columns = ["matrices", "count", "shape", "|delta|/|W|", f"energy {k}", f"s{k + 1}/s{k}", "stand out", "retention"]
-    columns += ["R_align", "R_ft"] if tuned else []
+    columns += ["R_align", "R_ft", "kept"] if tuned else []
     rows = [_row(name, some, k, alpha, tuned=tuned) for name, some in groups.items()]
     return table_of("Analysis", [*columns, "singular values"], rows, right=(1, *range(3, len(columns) + 1)))
 
@@ -236,14 +269,27 @@ def _row(name: str, some: Sequence[Finding], k: int, alpha: float, *, tuned: boo
         percent(median(one.relative for one in some), 2),
         percent(energy_of(changed, k) if changed else None),
         f"{median(gaps):.2f}" if gaps else "-",
-        f"{median(one.bulk.outliers for one in changed if one.bulk):.0f}" if changed else "-",
+        _standing(changed),
         percent(retained(changed, k, alpha, "nearest")),
     ]
     if tuned:
         means = mean_of(one.ours for one in changed)
-        row += [f"{means.align:.3f}" if means else "-", f"{means.finetuned:.3f}" if means and means.finetuned else "-"]
+        known = means is not None and means.finetuned is not None
+        row += [f"{means.align:.3f}" if means else "-", f"{means.finetuned:.3f}" if means and known else "-"]
+        row.append(percent(means.kept) if means and known else "-")
     largest = max(changed, key=lambda one: one.delta_norm, default=None)
     return [*row, spark(largest.spectrum.values[:SHOWN]) if largest is not None and largest.spectrum else ""]
+
+
+def _standing(changed: Sequence[Finding]) -> str:
+    """How many directions stand out, in the median matrix; `32+` where those are all that were looked at."""
+    from statistics import median_high
+
+    counts = [(one.bulk.outliers, one.bulk.more) for one in changed if one.bulk]
+    if not counts:
+        return "-"
+    count, more = median_high(counts)
+    return f"{count}+" if more else f"{count}"
 
 
 def retention_table(found: Analysis) -> Group:

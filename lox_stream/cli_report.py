@@ -8,9 +8,12 @@ from typing import Any
 
 from lox_stream.cli_analyze import DOCUMENT, require_new, written
 from lox_stream.errors import OutputError
+from lox_stream.journal import finite
 from lox_stream.manifest import read_manifest
 from lox_stream.names import printable
+from lox_stream.output_rules import MANIFEST
 from lox_stream.pages import page_of_analysis, page_of_run
+from lox_stream.recording import FORMAT
 from lox_stream.reporting import Page, page_text
 from lox_stream.verifying import folder_of
 
@@ -30,7 +33,7 @@ def _page_of(out: Path) -> Page:
             f"{printable(out)}: no such file or folder, expected an output or an analysis. Check the path"
         )
     document = out / DOCUMENT if out.is_dir() else out
-    if document.name == DOCUMENT and document.is_file():
+    if document.is_file() and document.suffix == ".json" and document.name != MANIFEST:
         return page_of_analysis(_document(document))
     try:
         return page_of_run(read_manifest(folder_of(out)))
@@ -44,7 +47,9 @@ def _page_of(out: Path) -> Page:
 def _document(path: Path) -> dict[str, Any]:
     """An analysis as it was written; raises OutputError."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = finite(json.loads(path.read_text("utf-8")))
+        if found["format"] != FORMAT:
+            raise ValueError(f"its format is {found['format']}")
         page_of_analysis(found)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise OutputError(

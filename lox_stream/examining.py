@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lox_stream import fp8
 from lox_stream.analysed import Cell, Finding, Robustness
-from lox_stream.costs import exact_bytes, solver_bytes
+from lox_stream.costs import solver_bytes
 from lox_stream.delta import NotFinite
 from lox_stream.kernels import key_of
 from lox_stream.kernels.cpu import Run
@@ -23,12 +23,13 @@ from lox_stream.measuring import (
     Formed,
     Leading,
     Updates,
+    along,
     cells_of,
     leading,
     leading_of,
     norm_of_rows,
     of_change,
-    share_along,
+    whole_bytes,
 )
 from lox_stream.merging import change_of, factors_at, read_sides
 from lox_stream.names import matches, printable
@@ -97,7 +98,7 @@ def examining_bytes(step: Step, asked: Asked) -> int:
 
 def _bytes_for(m: int, n: int, rank: int) -> int:
     if min(m, n) <= WHOLE_SIDE:
-        return exact_bytes(m, n)
+        return whole_bytes(m, n, max(rank, REFERENCE_RANK))
     return solver_bytes(m, n, max(rank, REFERENCE_RANK))
 
 
@@ -150,7 +151,7 @@ def _finding(matrix: _Matrix, asked: Asked, run: Run) -> Finding:
         region.label,
         region.m,
         region.n,
-        step.aligned.dtype,
+        step.dtype or step.aligned.dtype,
         norm,
         weight_norm,
         spectrum=Spectrum(region.m, region.n, few, norm, found.whole and len(few) == len(found.values)),
@@ -166,7 +167,9 @@ def _finding(matrix: _Matrix, asked: Asked, run: Run) -> Finding:
 
 def _nothing(step: Step, region: Region, weight_norm: float, notices: tuple[str, ...] = ()) -> Finding:
     """Of a matrix without a difference, or one that was not looked at."""
-    return Finding(step.name, region.label, region.m, region.n, step.aligned.dtype, 0.0, weight_norm, notices=notices)
+    return Finding(
+        step.name, region.label, region.m, region.n, step.dtype or step.aligned.dtype, 0.0, weight_norm, notices=notices
+    )
 
 
 def _retained(matrix: _Matrix, found: Leading, asked: Asked, first: int, run: Run) -> tuple[tuple[Cell, ...], int]:
@@ -190,7 +193,7 @@ def _ours(matrix: _Matrix, found: Leading, run: Run) -> Robustness:
     total = Formed(
         lambda band: finetuned(band).float() - matrix.w0[band].float(), matrix.region.m, matrix.region.n, run
     )
-    return Robustness(k, align, share_along(found.u[:, :k].contiguous(), total))
+    return Robustness(k, align, *along(found, k, total))
 
 
 def _reference(matrix: _Matrix, seed: int, run: Run) -> Robustness | None:
@@ -201,7 +204,7 @@ def _reference(matrix: _Matrix, seed: int, run: Run) -> Robustness | None:
         return matrix.aligned(band).bfloat16() - matrix.w0[band].bfloat16()
 
     found = leading_of(lambda band: delta(band).float(), m, n, REFERENCE_RANK, seed, run)
-    if found is None:
+    if found is None or not math.isfinite(found.square):  # bfloat16 may not hold it
         return None
     k = min(REFERENCE_RANK, len(found.s))
     align = math.sqrt(min(1.0, float(found.s[:k].square().sum()) / found.square))
@@ -212,7 +215,7 @@ def _reference(matrix: _Matrix, seed: int, run: Run) -> Robustness | None:
     def total(band: slice) -> Tensor:
         return (delta(band) + (finetuned(band).bfloat16() - matrix.aligned(band).bfloat16())).float()
 
-    return Robustness(k, align, share_along(found.u[:, :k].contiguous(), Formed(total, m, n, run)))
+    return Robustness(k, align, *along(found, k, Formed(total, m, n, run)))
 
 
 def is_linear(step: Step) -> bool:

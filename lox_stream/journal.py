@@ -29,7 +29,7 @@ from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan
 from lox_stream.shards import is_regular, parse_json, source_name
 
-FORMAT = 1
+FORMAT = 2  # 1: weights were tied by their names alone, and padding rows were rows
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
 FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes", "kernels")  # no byte depends on them, or "device" tells
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")
@@ -168,6 +168,11 @@ def replay(folder: Path) -> Replay | None:
     records = list(_records(lines))
     if not records or type(records[0].get("format")) is not int:
         raise ResumeError(f"{path}: is not a journal of lox-stream, or damaged. Start again with --overwrite")
+    if records[0]["format"] < FORMAT:
+        raise ResumeError(
+            f"{path}: the journal has format {records[0]['format']}, of an earlier lox-stream, which would have made "
+            f"some tensors otherwise; expected {FORMAT}. Finish the run with that one, or start again with --overwrite"
+        )
     if records[0]["format"] > FORMAT:
         raise ResumeError(
             f"{path}: the journal has format {records[0]['format']}, this lox-stream reads up to {FORMAT}. "

@@ -1,4 +1,4 @@
-"""Models between base and aligned: base + rank-k part of (aligned - base), for several k, out of one solve.
+"""Models between base and aligned: base + rank-k part of (aligned - base), for several k, in one pass over the pair.
 
 They find the effective rank of the safety subspace as the paper means it: the smallest k at which such a model is as
 safe as aligned. Base + Proj_k(aligned - base) is a run from aligned back to base with alpha -1, so each is an output
@@ -7,6 +7,7 @@ like any other; what is no matrix, and the files beside the weights, are base's.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,14 +15,15 @@ from pathlib import Path
 
 from lox_stream.adapters import is_adapter
 from lox_stream.api import Progress, Summary, execute_all
-from lox_stream.errors import OptionError
+from lox_stream.errors import LoxError, OptionError, OutputError, reworded
 from lox_stream.hub import local
 from lox_stream.names import printable, shown
 from lox_stream.options import Options
-from lox_stream.output_rules import JOURNAL
+from lox_stream.output_rules import JOURNAL, is_finished
 from lox_stream.planning import DEFAULTS, Plan, plan_all
 
 PLACEHOLDER = "{k}"
+OTHER = {"base": "aligned", "aligned": "base"}  # in the plan's words
 RANKS = (0, 1, 2, 3, 4, 6, 8)  # those that the paper's code tries
 
 
@@ -36,9 +38,14 @@ def rungs(out: str, ranks: Sequence[int], options: Options = DEFAULTS) -> list[t
         problems.append(f"the ladder's ranks are {shown(list(ranks))}, expected numbers from 0, each once")
     if options.recipe:
         problems.append("a ladder and a recipe are both given, expected one: the ladder's ranks are for all matrices")
+    if options.rename or options.on_missing != "error" or options.on_shape_mismatch != "error":
+        problems.append(
+            "a ladder, and --rename, --on-missing or --on-shape-mismatch, are given; expected one: it is for models of "
+            "the same names and shapes"
+        )
     if problems:
         raise OptionError("\n".join(problems))
-    common = replace(options, solved_rank=max(ranks), form="weights", solved_for=0.0)
+    common = replace(options, form="weights", solved_for=0.0)
     return [
         (Path(out.replace(PLACEHOLDER, str(k))), replace(common, rank=k or 1, alpha=-1.0 if k else 0.0)) for k in ranks
     ]
@@ -60,12 +67,25 @@ def plan_ladder(
 ) -> list[Plan]:
     """The plans of all models, for `execute_all`. Raises LoxError of some kind."""
     outputs = rungs(out, ranks, options)
-    if is_adapter(aligned):
-        raise OptionError(
-            f"{printable(aligned)}: is an adapter, expected a model for a ladder. Merge it first: lox-stream apply "
-            "--alpha 0"
+    first, last = local(base), local(aligned)
+    for side in (first, last):
+        if is_adapter(side):
+            raise OptionError(
+                f"{printable(side)}: is an adapter, expected a model for a ladder. Merge it first: lox-stream apply "
+                "--alpha 0"
+            )
+    done = [folder for folder, _ in outputs if not resume and is_finished(folder)]
+    if done:
+        raise OutputError(
+            f"{printable(done[0])}: holds a finished model, expected a new or empty folder. Choose another"
         )
-    return plan_all(local(aligned), local(base), outputs, resume=resume)
+    try:
+        plans = plan_all(last, first, outputs, resume=resume)
+    except LoxError as error:
+        raise reworded(error, re.sub(r"\b(base|aligned)\b", lambda side: OTHER[side[1]], str(error))) from error
+    return [
+        replace(plan, warnings=tuple(one for one in plan.warnings if not one.startswith("alpha is"))) for plan in plans
+    ]
 
 
 def climb(

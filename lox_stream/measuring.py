@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,10 +50,11 @@ def leading(w1: Tensor, w0: Tensor, rank: int, seed: int, run: Run) -> Leading |
     if min(w1.shape) > WHOLE_SIDE:
         op = Delta(w1, w0, run, rms=Sample(w1, w0, w1.dtype).delta_rms)
         return _of_operator(op, rank, seed, lambda: op.scale)
-    delta = w1.double().sub_(w0.double())
-    if not bool(delta.isfinite().all()):
+    m, n = w1.shape
+    found = _of_all(lambda band: w1[band].double() - w0[band].double(), m, n, rank)
+    if found is not None and not math.isfinite(found.square):
         raise NotFinite(first_not_finite(w1, w0))
-    return _of_dense(delta, rank)
+    return found
 
 
 def of_change(change: Change) -> Leading | None:
@@ -78,7 +79,7 @@ def leading_of(form: Form, m: int, n: int, rank: int, seed: int, run: Run) -> Le
     """The same of a matrix that is formed some rows at a time."""
     if min(m, n) > WHOLE_SIDE:
         return _of_operator(Formed(form, m, n, run), rank, seed, lambda: 1.0)
-    return _of_dense(form(slice(0, m)).double(), rank)
+    return _of_all(lambda band: form(band).double(), m, n, rank)
 
 
 def _of_operator(op: Operator, rank: int, seed: int, scale: Callable[[], float]) -> Leading | None:
@@ -93,35 +94,52 @@ def _of_operator(op: Operator, rank: int, seed: int, scale: Callable[[], float])
     return Leading(found.u, s, found.vh, tuple(s.tolist()), radius, found.squared_norm / by**2, whole=False)
 
 
-def _of_dense(a: Tensor, rank: int) -> Leading | None:
+def _of_all(form: Form, m: int, n: int, rank: int) -> Leading | None:
     """By the eigenvectors of the short side's Gram matrix, in float64. Values under 1e-6 of the first are left out.
 
     Their squares are right to 1e-16 of the largest, which is less than what the weights' own rounding leaves of delta.
+    A matrix that is not wide is formed some rows at a time, three times. `whole_bytes` of memory.
     """
-    if a.shape[0] > a.shape[1]:
-        found = _of_dense(a.T, rank)
-        return found and Leading(
-            found.vh.T, found.s, found.u.T, found.values, found.radius, found.square, whole=found.whole
-        )
-    squares, vectors = torch.linalg.eigh(a @ a.T)
-    values = squares.flip(0).clamp_(min=0).sqrt_()
-    if not float(values[0]) > 0:
+    if m < n:
+        turned = form(slice(0, m)).T
+        found = _of_tall(lambda band: turned[band], n, m, rank)
+        return found and replace(found, u=found.vh.T, vh=found.u.T)
+    return _of_tall(form, m, n, rank)
+
+
+def _of_tall(form: Form, m: int, n: int, rank: int) -> Leading | None:
+    rows = max(1, TILE_ELEMENTS // n)
+    bands = [slice(top, min(top + rows, m)) for top in range(0, m, rows)]
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for band in bands:
+        a = form(band)
+        gram += a.T @ a
+    square = float(gram.diagonal().sum())
+    if square == 0:
         return None
+    if not math.isfinite(square):
+        none = torch.empty(0, 0)
+        return Leading(none, torch.empty(0), none, (), (), math.nan, whole=True)
+    squares, vectors = torch.linalg.eigh(gram)
+    values = squares.flip(0).clamp_(min=0).sqrt_()
     values = values[values > DEFLATION * values[0]]
-    u = vectors.flip(1)[:, : min(rank, len(values))]
-    images = u.T @ a
-    s = torch.linalg.vector_norm(images, dim=1)
-    vh = images / s[:, None]
-    across = torch.linalg.vector_norm(a @ vh.T - u * s, dim=0)
-    return Leading(
-        u.float(),
-        s,
-        vh.float(),
-        tuple(values.tolist()),
-        tuple(across.tolist()),
-        float(a.square().sum()),
-        whole=True,
-    )
+    v = vectors.flip(1)[:, : min(rank, len(values))]
+    images = torch.cat([form(band) @ v for band in bands])
+    s = torch.linalg.vector_norm(images, dim=0)
+    u = images / s
+    back = torch.zeros_like(v)
+    for band in bands:
+        back += form(band).T @ u[band]
+    across = torch.linalg.vector_norm(back - v * s, dim=0)
+    return Leading(u.float(), s, v.T.float(), tuple(values.tolist()), tuple(across.tolist()), square, whole=True)
+
+
+def whole_bytes(m: int, n: int, rank: int) -> int:
+    """Most bytes of taking all singular values: tiles, the Gram matrix and LAPACK's workspace, factors, and of a wide
+    matrix itself in float64, with its two sides."""
+    short = min(m, n)
+    wide = 3 * m * n if m < n else 0
+    return 8 * (4 * TILE_ELEMENTS + wide + 6 * short * short + 3 * (m + n) * min(rank, short))
 
 
 class Formed:
@@ -169,11 +187,20 @@ class Formed:
         return self._square
 
 
-def share_along(u: Tensor, op: Operator) -> float:
-    """|U U' A|_F / |A|_F for orthonormal columns U (m, k) float32; 0 where A is zero."""
-    part = torch.linalg.vector_norm(op.rmatmul(u), dtype=torch.float64)
-    whole = math.sqrt(op.squared_norm())
-    return min(1.0, float(part) / whole) if whole > 0 else 0.0
+def along(found: Leading, k: int, op: Operator) -> tuple[float, float]:
+    """Of a matrix A and the k leading directions of another, B: |U U' A|_F / |A|_F, and <A, B_k> / |B_k|_F^2.
+
+    The second is 1 where A holds the whole of B_k, 0 where it holds none of it, and negative where it is reversed.
+    Raises NotFinite.
+    """
+    images = op.rmatmul(found.u[:, :k].contiguous()).double()
+    whole = math.sqrt(op.squared_norm()) if op.squared_norm() >= 0 else math.nan
+    part = float(torch.linalg.vector_norm(images))
+    if not (math.isfinite(whole) and math.isfinite(part)):
+        raise NotFinite("the fine-tuned model, or its difference from base, holds NaN or Inf")
+    s = found.s[:k]
+    kept = float(((images * found.vh[:k].T.double()).sum(0) * s).sum() / s.square().sum())
+    return (min(1.0, part / whole) if whole > 0 else 0.0), kept
 
 
 def norm_of_rows(form: Form, m: int, n: int, run: Run) -> float:

@@ -86,7 +86,7 @@ def update_by(factors: Factors, matrix: Matrix, run: Run) -> MatrixFacts | NotFi
     """
     change = change_of(factors)
     w0, setting, (outlet,) = matrix.w0, matrix.setting, matrix.outlets
-    k = min(outlet.rank, len(change.s)) if outlet.rank else len(change.s)
+    k = min(setting.rank, len(change.s)) if setting.rank else len(change.s)
     sample = _sample(change, w0, matrix.dtype)
     weight_norm = sample.weight_norm * math.sqrt(w0.numel() / len(places(w0.numel())))
     if not float(change.s[0]) > 0:

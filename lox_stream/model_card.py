@@ -158,10 +158,11 @@ def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
             f"This LoRA adapter was made by lox-stream {version('lox-stream')}: to each weight matrix of the aligned "
             "model that it names it adds `alpha` times the rank-`k` part of its difference from the base model, "
         )
+    why = ", which makes the alignment harder to remove by later fine-tuning" if options.alpha > 0 else ""
     return (
         "## LoX: low-rank extrapolation\n\n"
         f"{made}"
-        "`W = W1 + alpha * (W1 - W0)_k`, which makes the alignment harder to remove by later fine-tuning.\n\n"
+        f"`W = W1 + alpha * (W1 - W0)_k`{why}.\n\n"
         f"| | |\n| --- | --- |\n{table}\n"
         f"{_retention_note(totals)}"
         "Checksums and the facts of each tensor are in `lox_stream.json`.\n\n"

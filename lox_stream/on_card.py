@@ -35,7 +35,6 @@ from lox_stream.update import (
     factors_of,
     facts_of,
     solve_away,
-    taken,
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,19 +123,18 @@ class OnCard:
                     if not isinstance(solved, Solved):
                         compute.record().wait()
                         return solved
-                    some = [taken(solved, outlet) for outlet in matrix.outlets]
-                    factors = [factors_of(one, torch.float32) for one in some]
+                    b, a = factors_of(solved, torch.float32)
                 outcomes = []
-                for outlet, one, (b, a) in zip(matrix.outlets, some, factors, strict=True):
+                for outlet in matrix.outlets:
                     if outlet.take is not None:
                         with compute.entered():
                             outlet.take(b.cpu(), a.cpu())
-                        outcomes.append(facts_of(one, outlet, None))
+                        outcomes.append(facts_of(solved, outlet, None))
                         continue
                     if resident is not None and resident.used:
                         resident.restore(w1, run)
                         compute.wait_for(resident.ready)
-                    outcomes.append(self._update(one, outlet, b, a, compute, blocks, run))
+                    outcomes.append(self._update(solved, outlet, b, a, compute, blocks, run))
                 return tuple(outcomes)
 
     def _update(

@@ -56,7 +56,6 @@ class Options:
     part: str = ""  # "2/8": the second of eight shares of the output's files; "": all of it
     scaling: float | None = None  # of an adapter's factors; None: as its config says
     solved_for: float = 0.0  # alpha that the tolerance is for; 0: alpha itself
-    solved_rank: int = 0  # rank that is solved for, where several are made of one solve; 0: rank itself
     recipe: tuple[Rule, ...] = ()  # the first that matches a name counts; skip and only win over all
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N" | "cuda:N,M,..." | "cuda:all"
     memory_bytes: int = 4 << 30  # for the program's own buffers
@@ -82,24 +81,12 @@ def options_for(name: str, options: Options) -> Options:
     if rule is None:
         return options
     solved_for = options.solved_for if rule.alpha is None else 0.0
-    solved_rank = options.solved_rank if rule.rank is None else 0
-    return replace(options, solved_for=solved_for, solved_rank=solved_rank, **said_by(rule))
+    return replace(options, solved_for=solved_for, **said_by(rule))
 
 
 def alpha_solved_for(options: Options) -> float:
     """The factor for which a matrix is solved as accurately as the tolerance asks."""
     return options.solved_for or options.alpha
-
-
-def rank_solved_for(rank: int, options: Options, m: int, n: int) -> int:
-    """How many triplets of an (m, n) matrix are solved for, of which an output at `rank` takes the first.
-
-    >>> several = Options(solved_rank=8)
-    >>> [rank_solved_for(rank, several, 64, 6) for rank in (0, 2, 6)], rank_solved_for(2, several, 64, 64)
-    ([0, 5, 6], 8)
-    """
-    whole = rank == 0 or rank >= min(m, n)
-    return rank if whole else min(max(rank, options.solved_rank), min(m, n) - 1)
 
 
 def to_json(options: Options) -> dict[str, Any]:
@@ -144,7 +131,6 @@ def check_options(options: Options) -> None:
         *_real_number("--tolerance", options.tolerance, 0.0, "2e-4 is the default: one element in 5000 may differ"),
         *([] if options.scaling is None else _real_number("--alpha", options.scaling, -math.inf, "1 is PEFT's")),
         *_real_number("solved_for", options.solved_for, -math.inf, "0 is alpha itself"),
-        *_whole_number("solved_rank", options.solved_rank, 0, None, "0 is the rank itself"),
         *_part(options.part),
         *_one_of("--target", options.form, ("weights", "peft", "vllm")),
         *_one_of("factor_dtype", options.factor_dtype, ("float32", "bfloat16")),

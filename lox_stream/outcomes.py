@@ -13,7 +13,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.kernels import key_of
 from lox_stream.matching import Step, output_bytes
 from lox_stream.names import in_quotes, printable
-from lox_stream.options import Options, options_for, rank_solved_for
+from lox_stream.options import Options, options_for
 from lox_stream.regions import Region
 from lox_stream.update import Setting
 
@@ -27,7 +27,7 @@ def setting_of(step: Step, options: Options, region: Region) -> Setting:
     options = options_for(name, options)
     return Setting(
         options=options,
-        rank=rank_solved_for(step.rank, options, region.m, region.n),
+        rank=step.rank,
         seed=xxhash.xxh3_64_intdigest(f"{name}\0{region.index}".encode("utf-8", "surrogatepass")) >> 1,
         key=key_of(options.seed, name) if options.rounding == "stochastic" else None,
         first=region.words,

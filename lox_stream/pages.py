@@ -13,10 +13,13 @@ from lox_stream.names import pattern_of
 from lox_stream.options import Options
 from lox_stream.reporting import Metric, Page, Row
 
-NOT_TYPED = (  # what does not change a figure, or is told otherwise
-    *("recipe", "form", "part", "scaling", "solved_for", "factor_dtype", "device", "memory_bytes", "threads"),
-    *("gpu_memory_bytes", "kernels", "max_shard_size"),
-)
+TYPED = ("rank", "alpha", "skip", "only", "seed", "on_nonfinite", "rename", "on_missing", "on_shape_mismatch")
+TYPED_OF = {  # options that are typed as the command has them
+    "analyze": (*TYPED, "split_fused", "dtype"),
+    "run": (*TYPED, "svd", "tolerance", "rounding", "split_fused", "dtype", "max_shard_size"),
+    "adapter": (*TYPED, "svd", "tolerance"),
+    "apply": ("rounding", "seed", "dtype", "max_shard_size"),
+}
 
 
 def page_of_analysis(document: Mapping[str, Any]) -> Page:
@@ -33,7 +36,7 @@ def page_of_analysis(document: Mapping[str, Any]) -> Page:
         Metric("stand out of noise", "count"),
         Metric("stable rank", "number"),
         Metric("R_align", "number"),
-        *[Metric("R_ft", "number")] * tuned,
+        *[Metric("R_ft", "number"), Metric("leading part kept", "percent")] * tuned,
         *[Metric("R_align, paper's code", "number")] * reference,
         *[Metric("R_ft, paper's code", "number")] * tuned,
     ]
@@ -43,7 +46,7 @@ def page_of_analysis(document: Mapping[str, Any]) -> Page:
         facts=(*sides, ("rank, alpha", f"{k}, {alpha:g}"), ("matrices", str(totals["matrices"]))),
         sentences=tuple(document["advice"]),
         warnings=tuple(document["warnings"]),
-        command=_command("analyze", sides, document["options"]),
+        command=_command("analyze", sides, document["options"], _measured(document)),
         options=document["options"],
         metrics=tuple(metrics),
         rows=[_analysed(one, k, alpha, tuned=tuned, reference=reference) for one in document["matrices"]],
@@ -66,7 +69,7 @@ def _analysed(one: Mapping[str, Any], k: int, alpha: float, *, tuned: bool, refe
         one["noise"] and one["noise"]["outliers"],
         one["stable_rank"],
         ours.get("r_align"),
-        *[ours.get("r_ft")] * tuned,
+        *[ours.get("r_ft"), ours.get("kept")] * tuned,
         *[theirs.get("r_align")] * reference,
         *[theirs.get("r_ft")] * tuned,
     ]
@@ -114,7 +117,7 @@ def page_of_run(manifest: Mapping[str, Any]) -> Page:
         ),
         sentences=tuple(_sentences(totals, options)),
         warnings=tuple(manifest["warnings"]),
-        command=_command("run", sides, options),
+        command=_command(_written_by(options), sides, options),
         options=options,
         metrics=metrics,
         rows=[row for name, one in manifest["tensors"].items() for row in _written(name, one)],
@@ -172,19 +175,39 @@ def _last(path: str) -> str:
     return PurePath(path).name or path
 
 
-def _command(command: str, paths: Iterable[tuple[str, str]], options: Mapping[str, Any]) -> str:
+def _written_by(options: Mapping[str, Any]) -> str:
+    """The command that writes such an output."""
+    if options["form"] != "weights":
+        return "adapter"
+    return "apply" if options["scaling"] is not None else "run"
+
+
+def _measured(document: Mapping[str, Any]) -> list[str]:
+    """What was measured, as it is typed."""
+    words = ["--values", str(document["values"])]
+    for option in ("ranks", "alphas"):
+        words += [f"--{option}", ",".join(f"{one:g}" for one in document[option])]
+    return [*words, *["--reference"] * bool(document["reference"])]
+
+
+def _command(
+    command: str, paths: Iterable[tuple[str, str]], options: Mapping[str, Any], more: Iterable[str] = ()
+) -> str:
     """What to type; options as they are by default are left out."""
     words = ["lox-stream", command]
     for side, path in paths:
         words += [f"--{side}", path]
-    if command == "run":
+    if command != "analyze":
         words += ["--out", "OUT"]
+    if command == "adapter":
+        words += ["--target", options["form"], "--dtype", options["factor_dtype"]]
     for field in fields(Options):
         value = options.get(field.name, field.default)
         default = list(field.default) if isinstance(field.default, tuple) else field.default
-        if field.name in NOT_TYPED or value == default:
+        if field.name not in TYPED_OF[command] or value == default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
             words += [flag] if one is True else [flag, f"{one}"]
-    return shlex.join(words)
+    recipe = "   # and with the recipe that is among the options" if options["recipe"] else ""
+    return shlex.join([*words, *more]) + recipe

@@ -9,7 +9,6 @@ is one tensor, or some small ones of one shape that lie near each other and are 
 from __future__ import annotations
 
 import itertools
-import math
 import queue
 import threading
 import traceback
@@ -28,7 +27,7 @@ from lox_stream.kernels.cpu import Run
 from lox_stream.matching import Step, rescaled
 from lox_stream.on_card import Cards
 from lox_stream.options import Options, thread_count
-from lox_stream.planning import Plan, memory_needed
+from lox_stream.planning import Plan, memory_needed, steps_together
 from lox_stream.processing import process
 from lox_stream.reader import Prefetch, Source
 from lox_stream.sinks import Use, Way, Written
@@ -189,8 +188,8 @@ def _leaders(ways: Sequence[Way]) -> list[Step]:
     return sorted(found.values(), key=lambda step: (str(step.aligned.path), step.aligned.start))
 
 
-def _effort(step: Step) -> tuple[bool, bool, float]:
-    return rescaled(step) or step.action == "rescale", step.action == "extrapolate", step.rank or math.inf
+def _effort(step: Step) -> tuple[bool, bool, int]:
+    return rescaled(step) or step.action == "rescale", step.action == "extrapolate", step.rank
 
 
 def _memory_for(leader: Step, ways: Sequence[Way]) -> int:
@@ -223,7 +222,7 @@ def jobs_of(steps: Sequence[Step], options: Options) -> list[Job]:
         files = step.aligned.path, step.base and step.base.path  # which a scratch has to hold
         shape = *files, step.count, step.m, step.n, step.rank, step.parts
         job = jobs[latest[shape]] if shape in latest else []
-        if job and len(job) < _together(step, options) and ends[index] - ends[job[0]] <= span:
+        if job and len(job) < steps_together(step, options) and ends[index] - ends[job[0]] <= span:
             job.append(index)
         else:
             latest[shape] = len(jobs)
@@ -245,13 +244,6 @@ def _pairs(steps: Sequence[Step]) -> dict[int, int]:
 def smallest_first(jobs: Sequence[Job], steps: Sequence[Step]) -> list[Job]:
     """The first few jobs by their bytes, so that there is work while the first large tensor is read."""
     return [*sorted(jobs[:FIRST], key=lambda job: sum(steps[index].aligned.n_bytes for index in job)), *jobs[FIRST:]]
-
-
-def _together(step: Step, options: Options) -> int:
-    """How many steps like this one make a job."""
-    if step.action != "extrapolate" or step.parts or step.factors is not None:
-        return 1
-    return costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) // step.count
 
 
 class _Admission:

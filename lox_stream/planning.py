@@ -18,16 +18,7 @@ from lox_stream.fused import Part
 from lox_stream.layout import read_json
 from lox_stream.matching import Step, glob_problems, match, output_bytes, with_fresh_scales
 from lox_stream.names import in_quotes, listing, place_name, printable
-from lox_stream.options import (
-    Options,
-    check_options,
-    check_ways,
-    gpu_count,
-    is_gpu,
-    options_for,
-    rank_solved_for,
-    to_json,
-)
+from lox_stream.options import Options, check_options, check_ways, gpu_count, is_gpu, to_json
 from lox_stream.output_rules import is_finished, is_new, linked_problems, output_problems
 from lox_stream.output_rules import output_names as names_written
 from lox_stream.quantisation import quantised_tensors
@@ -199,6 +190,13 @@ def memory_needed(step: Step, options: Options) -> int:
     return max(_memory_for(part, step, options) for part in parts_of_each(step)) + _wide_bytes(step) + _taken(step)
 
 
+def steps_together(step: Step, options: Options) -> int:
+    """How many steps like this one make a job."""
+    if step.action != "extrapolate" or step.parts or step.factors is not None:
+        return 1
+    return costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) // step.count
+
+
 def _taken(step: Step) -> int:
     """Of an adapter: the factors as they are stored, twice; and delta itself where that has no more than their rank."""
     whole = step.m * step.n if step.rank >= min(step.m, step.n) else 0
@@ -223,11 +221,10 @@ def _sizes(step: Step) -> tuple[int, int]:
 
 def _memory_for(part: Part, step: Step, options: Options) -> int:
     """Bytes for solving such parts of a step, and where they lie scattered for their copies, and for the output."""
-    rank = rank_solved_for(step.rank, options_for(step.seed_name or step.name, options), part.m, part.n)
-    at_once = costs.together(part.m, part.n, rank, options.svd, options.memory_bytes)
+    at_once = costs.together(part.m, part.n, step.rank, options.svd, options.memory_bytes)
     at_once = min(at_once, step.count * len(parts_of_each(step)))
     away = is_gpu(options.device) and _card_memory_for(part, step, options.svd, False)
-    solving = 0 if away else at_once * costs.step_bytes(part.m, part.n, rank, options.svd)
+    solving = 0 if away else at_once * costs.step_bytes(part.m, part.n, step.rank, options.svd)
     if part.groups == 1 or step.base is None:
         return solving
     wholes = 1 + -(-(at_once - 1) // len(step.parts))

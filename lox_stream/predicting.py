@@ -13,7 +13,7 @@ from lox_stream.errors import DeviceError, OptionError
 from lox_stream.fused import Part
 from lox_stream.matching import Step, output_bytes
 from lox_stream.options import Options, gpu_count, is_gpu, parse_size, thread_count
-from lox_stream.planning import Plan, card_memory_needed, memory_needed, too_large
+from lox_stream.planning import Plan, card_memory_needed, memory_needed, steps_together, too_large
 from lox_stream.regions import parts_of_each
 
 PASSES = 6  # of both products over a difference; 4 to 9 on what training leaves, 20 and more on noise
@@ -142,9 +142,7 @@ def _host_bytes(steps: Iterable[Step], options: Options, machine: Machine, cards
     threads = max(options.threads or math.ceil(machine.cores) or thread_count(options), cards * costs.CARD_THREADS)
     own = costs.thread_bytes(threads) + cards * costs.PINNED_BYTES
     needed = [(memory_needed(step, options), step) for step in steps]
-    jobs = [
-        each * costs.together(step.m, step.n, step.rank, options.svd, options.memory_bytes) for each, step in needed
-    ]
+    jobs = [each * max(1, steps_together(step, options)) for each, step in needed]
     in_work = min(sum(each for each, _ in needed), sum(heapq.nlargest(threads + 1, jobs)))
     room = max(options.memory_bytes - own, options.memory_bytes // 4)
     return own + max(min(in_work, room), max((each for each, _ in needed), default=0))

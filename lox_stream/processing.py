@@ -86,8 +86,8 @@ class _Work:
 
     @property
     def step(self) -> Step:
-        """How it is extrapolated: for all that do so the same, but for alpha and rank."""
-        return self.sinks[self.changing[0]].use.step
+        """How it is extrapolated: for all that do so the same, but for alpha and rank; that of the largest rank."""
+        return max((self.sinks[i].use.step for i in self.changing), key=lambda step: step.rank)
 
     @property
     def options(self) -> Options:
@@ -231,7 +231,7 @@ def _solved(matrices: Sequence[Matrix], run: Run, cards: Cards | None) -> list[t
 
 
 def _source(work: _Work, run: Run, maps: contextlib.ExitStack) -> Callable[[Region], list[_Unit]]:
-    """Makes the matrices of a tensor, over maps that are left open in `maps`: one for each rank that is solved for."""
+    """Makes the matrices of a tensor, over maps that are left open in `maps`: one for each of the outputs' ranks."""
     step, options = work.step, work.options
     assert step.base is not None, "planning pairs every tensor that is extrapolated"
     aligned = fp8.elements(step.aligned, step.scaled, maps, run)

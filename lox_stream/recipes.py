@@ -19,13 +19,7 @@ OPTIONS = (  # that change bytes
     *("rank", "alpha", "svd", "tolerance", "skip", "only", "rounding", "seed"),
     *("rename", "on_missing", "on_shape_mismatch", "on_nonfinite", "split_fused", "dtype", "max_shard_size"),
 )
-TOLD = (
-    "form",
-    "factor_dtype",
-    "scaling",
-    "solved_for",
-    "solved_rank",
-)  # by a manifest alone: what other commands were told
+TOLD = ("form", "factor_dtype", "scaling", "solved_for")  # by a manifest alone: what other commands were told
 MAX_CHARACTERS = 1 << 28  # a manifest of a million tensors has so many
 MAX_TOML_CHARACTERS = 1 << 20
 MAX_PROBLEMS = 20

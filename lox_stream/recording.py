@@ -16,6 +16,7 @@ from lox_stream.analysed import ROUNDINGS, Finding, Robustness, energy_of, mean_
 from lox_stream.analysing import Analysis
 from lox_stream.journal import finite
 from lox_stream.names import place_name
+from lox_stream.options import to_json
 
 FORMAT = 1
 
@@ -36,8 +37,11 @@ def document_of(found: Analysis) -> dict[str, Any]:
         "base": place_name(found.base),
         "aligned": place_name(found.aligned),
         "finetuned": None if found.finetuned is None else place_name(found.finetuned),
-        "options": asdict(asked.options),
+        "options": to_json(asked.options),
         "values": asked.values,
+        "ranks": list(asked.ranks),
+        "alphas": list(asked.alphas),
+        "reference": asked.reference,
         "advice": list(advice(found.findings, asked)),
         "totals": {
             "matrices": len(found.findings),
@@ -100,7 +104,16 @@ def record_of(one: Finding) -> dict[str, Any]:
 
 
 def _robustness(found: Robustness | None) -> dict[str, Any] | None:
-    return None if found is None else {"rank": found.rank, "r_align": found.align, "r_ft": found.finetuned}
+    return (
+        None
+        if found is None
+        else {
+            "rank": found.rank,
+            "r_align": found.align,
+            "r_ft": found.finetuned,
+            "kept": found.kept,
+        }
+    )
 
 
 def table_text(found: Analysis) -> str:
@@ -119,7 +132,7 @@ def table_text(found: Analysis) -> str:
             "noise_edge",
         ),
         *(f"retention_{rounding}" for rounding in ROUNDINGS),
-        *("r_align", "r_ft", "reference_r_align", "reference_r_ft", *values),
+        *("r_align", "r_ft", "kept", "reference_r_align", "reference_r_ft", "reference_kept", *values),
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -133,7 +146,11 @@ def table_text(found: Analysis) -> str:
             *(spectrum and spectrum.stable_rank, *(one.entropy_rank if spectrum else (None, None))),
             *(bulk and bulk.outliers, bulk and bulk.edge),
             *(one.retention(k, alpha, rounding) for rounding in ROUNDINGS),
-            *(part for of in (one.ours, one.reference) for part in ((of.align, of.finetuned) if of else (None, None))),
+            *(
+                part
+                for of in (one.ours, one.reference)
+                for part in ((of.align, of.finetuned, of.kept) if of else (None,) * 3)
+            ),
         ]
         own = list(spectrum.values) if spectrum else []
         writer.writerow([*measured, *own, *[None] * (len(values) - len(own))])

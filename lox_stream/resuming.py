@@ -101,8 +101,6 @@ def _called(name: str) -> str:
     """An option as it is typed."""
     if name == "solved_for":
         return "the largest of several --alpha (0.0: one alone)"
-    if name == "solved_rank":
-        return "the largest rank of a --ladder (0: one alone)"
     typed = {"form": "--target", "factor_dtype": "--dtype", "scaling": "--alpha"}
     return typed.get(name, f"--{printable(name).replace('_', '-')}")
 

@@ -70,7 +70,7 @@ class TileSink:
             else:
                 self._assembly.add(region, first, tile)
 
-        return Outlet(alpha_of(self.use), emit, rank=self.use.step.rank)
+        return Outlet(alpha_of(self.use), emit)
 
     def unchanged(self, region: Region, matrix: Matrix, run: Run) -> NotFinite | None:
         """A matrix that has no update; what is wrong where the output's dtype cannot hold it."""
@@ -108,7 +108,7 @@ class FactorSink:
             for pair in self.use.step.pairs:
                 self._store(pair, region.index, *as_stored(pair, b, a))
 
-        return Outlet(alpha_of(self.use), take=take, rank=self.use.step.rank)
+        return Outlet(alpha_of(self.use), take=take)
 
     def _store(self, pair: Pair, number: int, b: Tensor, a: Tensor) -> None:
         places = sides_of(self._factors[pair.b.name], self._factors[pair.a.name], pair.count, number)

@@ -78,7 +78,8 @@ def _entropy(share: float) -> float:
 class Bulk:
     """Independent noise that would explain what is left when the directions that stand out are taken away."""
 
-    outliers: int  # directions that stand out; if all that are known do, there may be more
+    outliers: int  # directions that stand out
+    more: bool  # all that are known do, and there may be others
     edge: float  # singular value up to which such noise reaches
     sigma: float  # standard deviation of its entries
 
@@ -97,7 +98,7 @@ def bulk_of(spectrum: Spectrum) -> Bulk:
             break
         left, outliers = max(left - s * s, 0.0), outliers + 1
     sigma = _sigma(left, m - outliers, n - outliers)
-    return Bulk(outliers, _edge(m, n, sigma), sigma)
+    return Bulk(outliers, outliers == len(spectrum.values) and not spectrum.whole, _edge(m, n, sigma), sigma)
 
 
 def _sigma(square: float, m: int, n: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lox_stream.costs import by_gram, kept
 from lox_stream.delta import Delta, KeptDelta, NotFinite, OutOfRange, first_not_finite, largest_entry, operator
-from lox_stream.direct import NO_GAP, exact_svd, gram_svd
+from lox_stream.direct import exact_svd, gram_svd
 from lox_stream.facts import MatrixFacts
 from lox_stream.kernels import GPUKernels, fullrank_update, lowrank_update
 from lox_stream.kernels.cpu import TILE_ELEMENTS, Retained, Run, scratch
@@ -51,7 +51,6 @@ class Outlet:
     alpha: float
     emit: Emit = lambda first, tile: None
     take: Take | None = None
-    rank: int = 0  # triplets that it takes of those that were solved for; 0: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +257,8 @@ def _finish(solved: Sequence[Solved], run: Run) -> list[Outcomes]:
     for one in solved:
         if not len(one.found.s):
             continue
+        b, a = factors_of(one, torch.float64 if one.matrix.w1.dtype == torch.float64 else torch.float32)
         for outlet in one.matrix.outlets:
-            wide = torch.float64 if one.matrix.w1.dtype == torch.float64 else torch.float32
-            b, a = factors_of(taken(one, outlet), wide)
             if outlet.take is None:
                 block = lowrank_block(one.matrix, b, a, outlet.alpha)
                 tiles.append(Tiles(one.matrix, outlet.emit, block))
@@ -268,35 +266,11 @@ def _finish(solved: Sequence[Solved], run: Run) -> list[Outcomes]:
                 outlet.take(b, a)
     kept = iter(emit_tiles(tiles, run))
     return [
-        tuple(
-            facts_of(taken(one, outlet), outlet, None if outlet.take else next(kept)) for outlet in one.matrix.outlets
-        )
+        tuple(facts_of(one, outlet, None if outlet.take else next(kept)) for outlet in one.matrix.outlets)
         if len(one.found.s)
         else alike(one.matrix, _zero(one.sample, one.found.passes))
         for one in solved
     ]
-
-
-def taken(one: Solved, outlet: Outlet) -> Solved:
-    """What an outlet takes of the triplets: its rank's, with what is known of them alone."""
-    found, k = one.found, outlet.rank
-    if not 0 < k < len(found.s):
-        return one
-    s, radius = found.s.tolist(), found.radius
-    gap = (s[k - 1] - s[k]) / s[k - 1]
-    left = math.sqrt(math.fsum(r * r for r in radius[:k]))
-    cut = replace(
-        found,
-        u=found.u[:, :k],
-        s=found.s[:k],
-        vh=found.vh[:k],
-        radius=radius[:k],
-        residual=max(radius[:k]) / s[0],
-        gap=gap,
-        error=left / max(gap, NO_GAP),
-        unique=s[k - 1] - s[k] > radius[k - 1] + radius[k],
-    )
-    return replace(one, found=cut)
 
 
 def _zero(sample: Sample, passes: int = 0) -> MatrixFacts:

@@ -12,7 +12,17 @@ from folders import write
 from safetensors.torch import load_file, save_file
 
 import lox_stream
-from lox_stream import Cancelled, CheckpointError, DataError, OptionError, Options, analyze, extrapolate, measuring
+from lox_stream import (
+    Cancelled,
+    CheckpointError,
+    DataError,
+    MemoryBudgetError,
+    OptionError,
+    Options,
+    analyze,
+    extrapolate,
+    measuring,
+)
 from lox_stream.advising import advice
 from lox_stream.analysed import energy_of, mean_of, retained
 from lox_stream.recording import document_of, table_text
@@ -225,6 +235,8 @@ def test_a_fine_tuned_model_of_something_else_is_refused_and_a_lack_is_told(mode
     found = analyze(*models[:2], finetuned=part)
     assert any(lost in warning for warning in found.warnings)
     assert next(one for one in found.findings if one.tensor == lost).ours.finetuned is None
+    assert mean_of(one.ours for one in found.findings).matrices == len(found.findings) - 1
+    assert any("R_ft / R_align" in sentence for sentence in advice(found.findings, found.asked))
 
 
 def test_the_same_on_both_sides_is_told(tmp_path):
@@ -270,6 +282,7 @@ def test_nan_ends_it_or_is_left_out_with_a_word(tmp_path):
     ("given", "problem"),
     [
         ({"options": Options(rank=0)}, "--rank 0"),
+        ({"options": Options(alpha=0.0)}, "--alpha 0"),
         ({"values": 0}, "--values 0"),
         ({"ranks": (0,)}, "--ranks"),
         ({"alphas": (0.0,)}, "--alphas"),
@@ -303,6 +316,52 @@ def test_neither_threads_nor_memory_change_a_figure(models):
         for threads, memory in ((1, 1 << 28), (2, 4 << 30))
     )
     assert one.findings == other.findings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_weights_stay_as_they_are(tmp_path, dtype):
+    """All figures of float64 weights are those of the same numbers in float32: nothing is overwritten on the way."""
+    w0, delta = noisy(40, 24, 1).to(dtype), 0.01 * noisy(40, 24, 2).to(dtype)
+    models = [
+        write(tmp_path / name, {"a.weight": w})
+        for name, w in (
+            ("base", w0),
+            ("aligned", w0 + delta),
+            ("tuned", w0 + delta + 0.02 * noisy(40, 24, 3).to(dtype)),
+        )
+    ]
+    (one,) = analyze(*models[:2], finetuned=models[2], options=Options(dtype="bfloat16")).findings
+    assert one.retention(6, 1.25, "stochastic") == pytest.approx(1.0, abs=0.02)
+    total = delta.double() + 0.02 * noisy(40, 24, 3).double()
+    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    assert one.ours.finetuned == pytest.approx(share(u[:, :6], total), rel=1e-4)
+    part = (u[:, :6] * s[:6]) @ vh[:6]
+    assert one.ours.kept == pytest.approx(float((total * part).sum() / part.square().sum()), rel=1e-4)
+
+
+def test_a_reversed_alignment_is_told(tmp_path):
+    delta = 0.01 * noisy(40, 24, 2)
+    models = planted(tmp_path, delta, -delta)
+    found = analyze(*models[:2], finetuned=models[2])
+    (one,) = found.findings
+    assert one.ours.finetuned == pytest.approx(one.ours.align, rel=1e-4)
+    assert one.ours.kept == pytest.approx(-1.0, abs=1e-4)
+    assert any(
+        "-100 % is there after it (it is reversed)" in sentence for sentence in advice(found.findings, found.asked)
+    )
+
+
+def test_nan_in_the_fine_tuned_model_is_no_figure(tmp_path):
+    bad = 0.01 * noisy(40, 24, 3)
+    bad[3, 4] = math.inf
+    models = planted(tmp_path, 0.01 * noisy(40, 24, 2), bad)
+    with pytest.raises(DataError, match="the fine-tuned model, or its difference from base, holds NaN or Inf"):
+        analyze(*models[:2], finetuned=models[2])
+
+
+def test_what_a_matrix_needs_is_held_against_the_budget(models):
+    with pytest.raises(MemoryBudgetError, match=r"to look at it needs \d+ bytes of memory, the budget is 1000000"):
+        analyze(*models[:2], options=Options(memory_bytes=1_000_000))
 
 
 def test_the_package_offers_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import doctest
 import json
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,19 @@ def test_figures_are_drawn_into_a_new_folder(pair, tmp_path):
     assert "expected a new or empty folder" in again.stderr
 
 
+def test_an_analysis_with_numbers_that_are_none_and_a_pair_without_a_difference_are_no_bugs(pair, tmp_path):
+    assert of(pair, "--out", tmp_path / "found", "--only", "*mlp*", "--quiet").returncode == 0
+    document = tmp_path / "found" / "analysis.json"
+    found = json.loads(document.read_text())
+    found["matrices"][0]["stable_rank"] = float("nan")
+    document.write_text(json.dumps(found))
+    assert lox("report", document, "--report", tmp_path / "page.html").returncode == 0
+    shutil.copytree(pair[0], tmp_path / "same")
+    ran = lox("analyze", "--base", pair[0], "--aligned", tmp_path / "same", "--figures", tmp_path / "figures")
+    assert ran.returncode == 0, ran.stderr
+    assert "no figures are drawn" in ran.stderr
+
+
 def test_what_is_no_run_and_no_analysis_is_told(pair, tmp_path):
     (tmp_path / "analysis.json").write_text('{"options": {}}')
     for source, said in (
@@ -146,5 +160,5 @@ def test_a_ladder_is_written_beside_the_analysis(pair, tmp_path):
     assert (tmp_path / "rung-0" / "model.safetensors").read_bytes() == (pair[0] / "model.safetensors").read_bytes()
     again = of(pair, *words)
     assert again.returncode == 1
-    assert "holds a finished run" in again.stderr
+    assert "holds a finished model, expected a new or empty folder" in again.stderr
     assert of(pair, "--ladder", tmp_path / "rung").returncode == 2

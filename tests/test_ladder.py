@@ -9,8 +9,8 @@ import torch
 from folders import write
 from safetensors.torch import load_file
 
-from lox_stream import Cancelled, OptionError, Options, extrapolate
-from lox_stream.ladder import RANKS, climb, rungs
+from lox_stream import Cancelled, CheckpointError, OptionError, Options, extrapolate
+from lox_stream.ladder import RANKS, climb
 from lox_stream.synthetic import llama_shapes, write_pair
 
 
@@ -48,12 +48,11 @@ def test_each_is_base_and_the_rank_k_part(pair, tmp_path):
             assert torch.linalg.matrix_norm(found[name] - exact) <= 3e-5 * s.norm(), (k, name)
 
 
-def test_one_alone_and_one_that_was_stopped_have_the_same_bytes(pair, tmp_path):
+def test_a_run_of_one_alone_and_a_ladder_that_was_stopped_have_the_same_bytes(pair, tmp_path):
     climb(*pair, str(tmp_path / "a-{k}"), (1, 3, 8))
-    (folder, options) = rungs(str(tmp_path / "b-{k}"), (1, 3, 8))[1]
-    extrapolate(pair[1], pair[0], folder, options=options)
+    extrapolate(pair[1], pair[0], tmp_path / "b-3", options=Options(rank=3, alpha=-1.0))
     same = "model.safetensors"
-    assert (folder / same).read_bytes() == (tmp_path / "a-3" / same).read_bytes()
+    assert (tmp_path / "b-3" / same).read_bytes() == (tmp_path / "a-3" / same).read_bytes()
     stop = threading.Event()
     with pytest.raises(Cancelled):
         climb(
@@ -68,18 +67,27 @@ def test_one_alone_and_one_that_was_stopped_have_the_same_bytes(pair, tmp_path):
         assert (tmp_path / f"c-{k}" / same).read_bytes() == (tmp_path / f"a-{k}" / same).read_bytes()
 
 
-def test_what_is_told_of_each_is_of_its_own_rank(pair, tmp_path):
-    summaries = climb(*pair, str(tmp_path / "{k}"), (2, 8))
-    from lox_stream.manifest import read_manifest
+def test_a_problem_is_told_of_the_side_that_has_it(pair, tmp_path):
+    tensors = tensors_of(pair[1])
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].contiguous()
+    other = write(tmp_path / "other", tensors)
+    with pytest.raises(
+        CheckpointError, match=r"aligned is \(127, 48\), base is \(128, 48\)|base is \(128, 48\), aligned"
+    ):
+        climb(pair[0], other, str(tmp_path / "rung-{k}"), (1,))
+    assert not any(path.name.startswith("rung") for path in tmp_path.iterdir())
 
-    small, large = (
-        read_manifest(summary.out)["tensors"]["model.embed_tokens.weight"]["matrices"][0] for summary in summaries
-    )
-    assert len(small["singular_values"]) == 2
-    assert small["singular_values"] == large["singular_values"][:2]
-    assert small["energy"] < large["energy"]
-    assert small["gap"] == pytest.approx(1 - large["singular_values"][2] / large["singular_values"][1])
-    assert summaries[0].totals.not_converged == ()
+
+def test_an_adapter_is_refused_and_no_rung_warns_of_its_alpha(pair, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(OptionError, match="is an adapter"):
+        climb(pair[0], adapter, str(tmp_path / "rung-{k}"))
+    summaries = climb(*pair, str(tmp_path / "rung-{k}"), (2,))
+    assert summaries[0].warnings == ()
+    assert "harder to remove" not in (tmp_path / "rung-2" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,7 @@ def test_what_is_told_of_each_is_of_its_own_rank(pair, tmp_path):
         ("rung-{k}", (), Options(), "expected numbers from 0, each once"),
         ("rung-{k}", (1, 1), Options(), "each once"),
         ("rung-{k}", (-1,), Options(), "each once"),
+        ("rung-{k}", (1,), Options(on_missing="copy"), "models of the same names and shapes"),
     ],
 )
 def test_what_is_no_ladder_is_refused(pair, tmp_path, out, ranks, options, said):

@@ -33,7 +33,7 @@ def matrix(name, module, layer, size):
         "delta_norm": size, "weight_norm": 10.0, "relative": size / 10, "singular_values": values, "radius": [],
         "energy": energy, "gaps": [0.9] * 31, "stable_rank": 4.0, "entropy_rank": [9.0, 9.0],
         "noise": {"outliers": 3, "edge": values[5], "sigma": 0.1}, "retention": grid, "looked_at": 3072,
-        "ours": {"rank": 6, "r_align": 0.5, "r_ft": 0.25}, "reference": None, "notices": [],
+        "ours": {"rank": 6, "r_align": 0.5, "r_ft": 0.25, "kept": 0.5}, "reference": None, "notices": [],
     }  # fmt: skip
 
 
@@ -53,7 +53,8 @@ def document(layers, experts=1):
         "format": 1, "base": "/models/base", "aligned": f"/models/{HOSTILE}", "finetuned": "/models/tuned",
         "options": json.loads(json.dumps(Options(rank=6, alpha=1.25, skip=("*norm*",)), default=lambda o: {
             name: getattr(o, name) for name in o.__slots__})),
-        "values": 32, "advice": ["They look like a pair.", HOSTILE], "warnings": [HOSTILE], "matrices": rows,
+        "values": 32, "ranks": [1, 6], "alphas": [0.5, 1.25], "reference": False,
+        "advice": ["They look like a pair.", HOSTILE], "warnings": [HOSTILE], "matrices": rows,
         "totals": {"matrices": len(rows), "changed": len(rows), "retention": rows[0]["retention"],
                    "robustness": {"ours": means, "reference": None}},
         "copied": {}, "elapsed_s": 1.0,
@@ -87,7 +88,8 @@ def test_nothing_of_a_name_is_markup_or_moves_the_text():
 def test_the_command_repeats_what_was_asked():
     page = page_of_analysis(document(1) | {"aligned": "/models/my model"})
     assert page.command == (
-        "lox-stream analyze --base /models/base --aligned '/models/my model' --finetuned /models/tuned --skip '*norm*'"
+        "lox-stream analyze --base /models/base --aligned '/models/my model' --finetuned /models/tuned --skip '*norm*' "
+        "--values 32 --ranks 1,6 --alphas 0.5,1.25"
     )
 
 
