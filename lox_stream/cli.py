@@ -41,6 +41,7 @@ from lox_stream.cli_options import (
     GroupedCommand,
     alphas_of,
     option,
+    side,
     with_options,
 )
 from lox_stream.errors import LoxError, OptionError
@@ -116,14 +117,7 @@ def commands() -> None:
 @commands.command("run")
 @with_options(
     BASE,
-    option(
-        FILES,
-        "--aligned",
-        type=FOLDER,
-        required=True,
-        metavar="DIR",
-        help="The model after alignment, or its LoRA adapter: in the same places.",
-    ),
+    side("--aligned", "The model after alignment, or its LoRA adapter: in the same places."),
     option(
         FILES,
         "--out",
@@ -217,14 +211,7 @@ def _run(
 @commands.command("adapter")
 @with_options(
     BASE,
-    option(
-        FILES,
-        "--aligned",
-        type=FOLDER,
-        required=True,
-        metavar="DIR",
-        help="The model after alignment, in the same places.",
-    ),
+    side("--aligned", "The model after alignment, in the same places."),
     option(FILES, "--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the adapter, new or empty."),
     option(
         FILES,
@@ -292,14 +279,7 @@ def _adapter(ctx: click.Context, /, base: Path, aligned: Path, out: Path, target
         metavar="DIR",
         help=f"A LoRA adapter, as PEFT saves it: {PLACES}.",
     ),
-    option(
-        FILES,
-        "--aligned",
-        type=FOLDER,
-        required=True,
-        metavar="DIR",
-        help="The model that the adapter changes, in the same places.",
-    ),
+    side("--aligned", "The model that the adapter changes, in the same places."),
     OUT,
     SCRATCH,
     DTYPE,
@@ -523,15 +503,8 @@ def _bench(base: Path, aligned: Path, tensors: tuple[str, ...], table: Path | No
 
 @commands.command("analyze")
 @with_options(
-    BASE,
-    option(
-        FILES,
-        "--aligned",
-        type=FOLDER,
-        required=True,
-        metavar="DIR",
-        help="The model after alignment, or its LoRA adapter.",
-    ),
+    side("--base", "The model before alignment: a folder or a file, or its name on the hub."),
+    side("--aligned", "The model after alignment, or its LoRA adapter: in the same places."),
     option(
         FILES,
         "--finetuned",

@@ -111,7 +111,14 @@ FILES, METHOD, TENSORS = "Models", "Method", "Tensors"
 PAIRS, MACHINE, WAYS, SPEAKING = "Pairs that do not match", "Machine", "Going on, and over", "What is said"
 
 PLACES = "a folder, org/name[@revision] on the hub, s3:// or https://"  # of models
-BASE = option(FILES, "--base", type=FOLDER, required=True, metavar="DIR", help=f"The model before alignment: {PLACES}.")
+
+
+def side(name: str, told: str) -> Decorator[Any]:
+    """One of the two models."""
+    return option(FILES, name, type=FOLDER, required=True, metavar="DIR", help=told)
+
+
+BASE = side("--base", f"The model before alignment: {PLACES}.")
 OUT = option(FILES, "--out", type=FOLDER, required=True, metavar="DIR", help="Folder for the result, new or empty.")
 MAX_SHARD_SIZE = option(
     FILES,
