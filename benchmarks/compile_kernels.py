@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # or there would be nothing to compile
 
 import torch
 import triton
-from harness import Table, finish, say
+from harness import Table, cores, finish, say
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
@@ -36,6 +39,7 @@ from lox_stream.kernels.gpu.launching import Launch
 REGISTERS, THREADS = 65536, 2048  # of a processor
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of a processor
 RESERVED_KIB = 1  # of shared memory, for each block
+FEW = 40  # cases that are not worth processes of their own
 BLOCKS = 2  # that have to fit a processor, so that one loads while the other computes
 LOAD_BYTES = 16
 M, N = 8192, 28672
@@ -125,8 +129,15 @@ class Target:
         return 0
 
 
-def compiled(case: str, launch: Launch, capability: int) -> Compiled:
-    """Compile for the active target; the assembler says what it took."""
+@functools.cache
+def every_case() -> list[tuple[str, Launch]]:
+    return list(cases())
+
+
+def compiled_for(capability: int, number: int) -> Compiled:
+    """Compile a case; the assembler says what it took."""
+    case, launch = every_case()[number]
+    triton.runtime.driver.set_active(Target(capability))
     kernel = launch.compiled()
     ptx, threads = kernel.asm["ptx"], 32 * launch.num_warps
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -162,13 +173,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="also write a Markdown file, and the JSON beside it")
     args = parser.parse_args()
     globs = args.only or (SMOKE if args.smoke else ["*"])
-    found = []
-    for capability in args.target or sorted(SHARED_KIB):
-        say(f"sm_{capability}")
-        triton.runtime.driver.set_active(Target(capability))
-        for case, launch in cases():
-            if any(fnmatch.fnmatch(case, glob) for glob in globs):
-                found.append(compiled(case, launch, capability))
+    chosen = [i for i, (case, _) in enumerate(every_case()) if any(fnmatch.fnmatch(case, glob) for glob in globs)]
+    work = [(capability, i) for capability in args.target or sorted(SHARED_KIB) for i in chosen]
+    if len(work) < FEW:
+        found = [compiled_for(*one) for one in work]
+    else:
+        say(f"{len(work)} kernels")
+        with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(compiled_for, *zip(*work, strict=True)))
     heads = ("kernel", "registers", "spilled bytes", "shared KiB", "blocks a processor", "load bytes", "fresh sums")
     tables = [
         Table(target, heads, tuple(one.row() for one in found if one.target == target))
