@@ -60,6 +60,7 @@ def test_the_stream_benchmark_measures_everything_and_leaves_nothing(tmp_path):
     assert list(work.iterdir()) == []
 
 
+@pytest.mark.torture
 def test_the_svd_benchmark_goes_on_where_it_was_and_writes_every_result(tmp_path):
     results = tmp_path / "new" / "svd.md"
     ran = smoke("bench_svd.py", "--work", str(tmp_path / "work"), "--results", str(results))
@@ -237,6 +238,7 @@ def test_products_in_parts_are_as_accurate_as_their_bits():
     assert errors["tf32x3"] < 3 * errors["float32"] < errors["bf16x3"] < errors["tf32"]
 
 
+@pytest.mark.torture
 def test_the_memory_of_a_small_giant_is_measured():
     ran = smoke("bench_memory.py")
     assert ran.returncode == 0, ran.stderr
@@ -283,6 +285,7 @@ def test_the_day_of_the_gpu_works_as_far_as_a_cpu_can_tell(tmp_path):
     assert markdown.index("## Targets") < markdown.index("## Tests")
 
 
+@pytest.mark.torture
 def test_a_gpu_day_that_is_short_says_what_it_left_out_and_one_whose_tests_fail_fails(tmp_path):
     pytest.importorskip("triton")
     failing = tmp_path / "test_failing.py"
@@ -370,6 +373,7 @@ def test_the_time_of_a_disk_is_known_or_said_to_be_unknown(tmp_path):
     assert before is None or 0 <= before <= disk.busy_s(tmp_path)
 
 
+@pytest.mark.torture
 def test_the_cost_model_is_held_against_a_model_that_it_was_not_fitted_to():
     ran = smoke("check_model.py")
     assert ran.returncode == 0, ran.stderr

@@ -166,6 +166,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
 
 
+@pytest.mark.torture
 def test_the_example_for_slurm_makes_what_one_run_makes(models):
     """`sbatch` and `srun` stand in for Slurm's: an array is run task by task, and what depends on it afterwards."""
     for name in ("slurm.sh", "slurm_part.sh"):
@@ -186,6 +187,7 @@ def test_the_example_for_slurm_makes_what_one_run_makes(models):
     assert weights(models / "lox") == weights(models / "alone") != {}
 
 
+@pytest.mark.torture
 def test_the_example_for_kubernetes_makes_what_one_run_makes(models):
     """The commands of its containers, with the variable that an indexed Job has, for each of its pods."""
     for name in ("kubernetes.yaml", "kubernetes_finish.yaml"):

@@ -160,7 +160,8 @@ def test_several_outputs_and_the_command(cluster, pair, right, tmp_path, monkeyp
     assert "holds a finished run" in again.stderr
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.torture)], ids=["one of three", "all but one"])
+@pytest.mark.torture
+@pytest.mark.parametrize("count", [1, 2], ids=["one of three", "all but one"])
 def test_nodes_that_are_killed_cost_what_they_had_in_hand(count, cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
     nodes = [*cluster.worker_nodes][:count]
@@ -180,6 +181,7 @@ def test_nodes_that_are_killed_cost_what_they_had_in_hand(count, cluster, pair, 
     require_little_lost(out, kept, 4 * count)
 
 
+@pytest.mark.torture
 def test_a_process_that_is_killed_costs_what_it_had_in_hand(cluster, pair, right, tmp_path, slow):
     out = tmp_path / "out"
     thread, kept = disturbed(out, lambda: os.kill(slow_ray.made(tmp_path)[-1][0], signal.SIGKILL))
@@ -285,6 +287,7 @@ def test_a_model_of_one_file_is_one_part(cluster, pair, tmp_path):
     assert outputs(tmp_path / "out") == whole
 
 
+@pytest.mark.torture
 def test_processes_that_always_die_end_the_run(cluster, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "carry_out", slow_ray.dying)
     monkeypatch.setattr(on_ray, "RETRIES", 1)
