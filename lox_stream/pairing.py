@@ -40,7 +40,7 @@ def pair(base: Checkpoint, aligned: Checkpoint, names: Sequence[str], renames: S
     if renames:
         theirs = replace(base, tensors={name: replace(tensor, name=name) for name, tensor in called.items()})
     for name in names:
-        tied = None if partners[name] else tied_partner(aligned.tensors[name], theirs, aligned.tensors)
+        tied = None if partners[name] else tied_partner(aligned.tensors[name], theirs, aligned)
         partners[name] = called[tied.name] if tied else partners[name]
     leaders = {name: leader for name, leader in tied_names(aligned).items() if name in partners and leader in partners}
     for name, leader in leaders.items():  # base may have but one of the names

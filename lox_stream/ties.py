@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -31,18 +31,21 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def tied_partner(tensor: TensorInfo, other: Checkpoint, own: Container[str]) -> TensorInfo | None:
+def tied_partner(tensor: TensorInfo, other: Checkpoint, own: Checkpoint) -> TensorInfo | None:
     """The tensor of `other` that holds what `tensor` is called there, where `other` keeps it under another name.
 
     For example aligned's own `lm_head.weight` and the `model.embed_tokens.weight` of a base that ties the two; of names
-    that are not known the only table with a row for each word, where the config of `other` ties, and where the tensor's
-    `own` checkpoint has none of that table's name: it would be another one.
+    that are not known the only table with a row for each word, where the config of `other` ties; unless the tensor's
+    `own` checkpoint has one of that name, too, and no config that says it is untied: then it is something else.
     """
     other = model_of(other, tensor.name)
     if not matches(tensor.name, EMBEDDINGS + HEADS):
         words = [table for table in tables_of(other) if table.shape[0] in vocabulary_sizes(other.config)]
         only = words[0] if says_tied(other.config) and len(words) == 1 else None
-        return only if only is not None and only.shape == tensor.shape and only.name not in own else None
+        beside = (
+            only is not None and only.name in own.tensors and says_tied(model_of(own, tensor.name).config) is not False
+        )
+        return only if only is not None and only.shape == tensor.shape and not beside else None
     is_head, head_is_own = matches(tensor.name, HEADS), says_tied(other.config) is False
     found = [
         candidate

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from lox_stream import CheckpointError, LoxError, OptionError, Options, OutputError, ResumeError, extrapolate, plan
 from lox_stream.checkpoint import open_checkpoint
-from lox_stream.journal import replay
+from lox_stream.journal import FORMAT, replay
 from lox_stream.manifest import read_manifest
 from lox_stream.model_card import completed
 from lox_stream.options import MAX_NUMBER, check_options
@@ -33,7 +33,7 @@ from lox_stream.verifying import verify_checksums
 ROOT = Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
 TENSOR = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-IDENTITY = {"format": 1, "versions": {}, "options": {}, "inputs": {"base": {}, "aligned": {}}}
+IDENTITY = {"format": FORMAT, "versions": {}, "options": {}, "inputs": {"base": {}, "aligned": {}}}
 
 
 def benchmark(name: str):
@@ -197,7 +197,7 @@ TENSOR_RECORD |= {"matrices": [], "notices": []}
 @pytest.mark.parametrize(
     "lines",
     [
-        [{"format": 1}],
+        [{"format": FORMAT}],
         [{"format": True}],
         [IDENTITY | {"versions": 5}],
         [IDENTITY | {"inputs": {"base": {"x": 5}, "aligned": {}}}],

@@ -16,7 +16,7 @@ import torch
 from late_card import LateCard, LateLane, lane_here, spoil
 from safetensors.torch import load_file
 
-from lox_stream import Options, blocks, card_delta, execute_all, extrapolate, lending, on_card, plan, stream
+from lox_stream import Options, blocks, card_delta, costs, execute_all, extrapolate, lending, on_card, plan, stream
 from lox_stream.costs import bytes_on_card, part_rows
 from lox_stream.delta import NotFinite
 from lox_stream.device import indices, usable_bytes
@@ -488,6 +488,7 @@ def test_a_matrix_without_an_update_leaves_when_its_work_is_done(module, right, 
 
     monkeypatch.setattr(mutant, "solve_away", solve_away)
     monkeypatch.setattr(mutant.OnCard, "_extrapolate", leaving)
+    monkeypatch.setattr(costs, "CARD_THREADS", 1)  # no other matrix is on its way meanwhile
     options = Options(device="cuda", threads=1, on_nonfinite="copy")
     computed(pair, monkeypatch, one(card, module=mutant), options=options)
     assert len(left) == 5 * 4

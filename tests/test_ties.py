@@ -144,3 +144,13 @@ def test_a_file_that_is_cut_meanwhile_is_said(tmp_path):
         file.truncate(1000)
     with pytest.raises(Exception, match="has been cut meanwhile"):
         tied_names(opened)
+
+
+def test_another_table_of_the_same_shape_is_not_paired_with_the_embedding(tmp_path):
+    """An extra head that base lacks, beside an embedding that it ties."""
+    embedding, _ = TIED[0]
+    config = {"vocab_size": 600, "tie_word_embeddings": True}
+    base = save(tmp_path / "base", {embedding: words(0)}, **config)
+    aligned = save(tmp_path / "aligned", {embedding: words(1), "medusa_head.0.1.weight": words(2)}, **config)
+    made = plan(base, aligned, options=Options(on_missing="copy"))
+    assert [step.reason for step in made.steps if step.name.startswith("medusa")] == ["missing"]
