@@ -226,14 +226,19 @@ def mutated(module, right, wrong, tmp_path, monkeypatch):
 def test_a_wait_or_a_copy_that_is_missing_shows(module, right, wrong, pair, expected, monkeypatch, tmp_path):
     mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
     same = True
-    for memory in (MEMORY, IN_BLOCKS):
-        try:
-            same = same and bytes_of(computed(pair, monkeypatch, one(memory=memory, module=mutant))) == expected
-        except (DataError, AssertionError, RuntimeError, ValueError):
-            same = False
+    for threads in (4, 1):  # alone no other thread's waiting may by chance do what is missing
+        monkeypatch.setattr(costs, "CARD_THREADS", threads)
+        options = Options(device="cuda", threads=threads)
+        for memory in (MEMORY, IN_BLOCKS):
+            try:
+                card = one(memory=memory, module=mutant)
+                same = same and bytes_of(computed(pair, monkeypatch, card, options=options)) == expected
+            except (DataError, AssertionError, RuntimeError, ValueError):
+                same = False
     assert same == (right == wrong)
 
 
+TRIES = 5
 RIGHT_AGAIN = [
     (on_card, "", ""),
     (on_card, "resident.restore(w1, run)", "pass"),
@@ -251,16 +256,21 @@ def test_several_outputs_are_those_that_each_has_alone(
     if right and memory == IN_BLOCKS:
         pytest.skip("where the weights go through in blocks, each walk brings them anew")
     mutant = mutated(module, right, wrong, tmp_path, monkeypatch)
-    given = on_card.Cards([one(memory=memory, module=mutant)])
-    monkeypatch.setattr("lox_stream.pipeline.cards_of", lambda options: given)
-    ways = []
-    for alpha in (0.5, 2.0, 1.25):
-        options = Options(device="cuda", threads=4, alpha=alpha, solved_for=1.25)
-        ways.append(Way({step.name: step for step in plan(*pair, options=options).steps}, options, Kept))
-    finished = [event for event in compute_all(ways) if isinstance(event, Finished)]
-    several = [
-        {event.step.name: bytes(event.target.data) for event in finished if event.way == number} for number in range(3)
-    ]
+    for _ in range(1 if right == wrong else TRIES):  # another thread's waiting may by chance do what is missing
+        monkeypatch.setattr(
+            "lox_stream.pipeline.cards_of", lambda options: on_card.Cards([one(memory=memory, module=mutant)])
+        )
+        ways = []
+        for alpha in (0.5, 2.0, 1.25):
+            options = Options(device="cuda", threads=4, alpha=alpha, solved_for=1.25)
+            ways.append(Way({step.name: step for step in plan(*pair, options=options).steps}, options, Kept))
+        finished = [event for event in compute_all(ways) if isinstance(event, Finished)]
+        several = [
+            {event.step.name: bytes(event.target.data) for event in finished if event.way == number}
+            for number in range(3)
+        ]
+        if several[2] != expected:
+            break
     assert (several[2] == expected) == (right == wrong)
     if right == wrong:
         assert several[0] != several[1] != several[2]
