@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from lox_stream.analysed import Finding, Means, energy_of, mean_of, retained
+from lox_stream.analysed import Finding, Means, energy_of, gaps_after, grouped, leading_energy, mean_of, retained
 from lox_stream.examining import Asked
 from lox_stream.names import printable
 from lox_stream.outcomes import SUSPICIOUS
@@ -54,7 +53,7 @@ def _pair(findings: Sequence[Finding], changed: Sequence[Finding]) -> str:
 
 def _rank(changed: Sequence[Finding], asked: Asked) -> list[str]:
     k = asked.options.rank
-    gaps = [one.spectrum.gaps[k - 1] for one in changed if one.spectrum and len(one.spectrum.gaps) >= k]
+    gaps = gaps_after(changed, k)
     gap = f"; s_{k + 1} / s_{k} is {statistics.median(gaps):.2f} in the median matrix" if gaps else ""
     told = [f"Rank {k} holds {_percent(energy_of(changed, k))} of the energy of all differences{gap}."]
     bulks = [one.bulk for one in changed if one.bulk]
@@ -96,11 +95,11 @@ def _alpha(changed: Sequence[Finding], asked: Asked) -> list[str]:
 
 def _carriers(changed: Sequence[Finding], asked: Asked) -> list[str]:
     k = asked.options.rank
-    whole = _part(changed, k)
-    modules = _largest(changed, lambda one: one.module, lambda some: _part(some, k) / whole)
+    whole = leading_energy(changed, k)
+    modules = _largest(changed, lambda one: one.module, lambda some: leading_energy(some, k) / whole)
     told = ["The update lies in " + ", ".join(f"{module} ({_percent(share)})" for module, share in modules) + "."]
     layered = [one for one in changed if one.layer is not None]
-    layers = _largest(layered, lambda one: str(one.layer), lambda some: _part(some, k) / whole)
+    layers = _largest(layered, lambda one: str(one.layer), lambda some: leading_energy(some, k) / whole)
     if len({one.layer for one in layered}) > NAMED:
         told.append(
             "Of the layers, most in " + ", ".join(f"{layer} ({_percent(share)})" for layer, share in layers) + "."
@@ -124,16 +123,8 @@ def _largest(
     findings: Sequence[Finding], key: Callable[[Finding], str], value: Callable[[list[Finding]], float]
 ) -> list[tuple[str, float]]:
     """The groups with the largest values."""
-    groups: dict[str, list[Finding]] = {}
-    for one in findings:
-        groups.setdefault(key(one), []).append(one)
-    found = [(printable(name), value(some)) for name, some in groups.items()]
+    found = [(printable(name), value(some)) for name, some in grouped(findings, key).items()]
     return sorted(found, key=lambda pair: -pair[1])[:NAMED]
-
-
-def _part(findings: Iterable[Finding], k: int) -> float:
-    """Energy of the rank-k parts."""
-    return math.fsum(one.spectrum.energy(k) * one.delta_norm**2 for one in findings if one.spectrum)
 
 
 def _percent(share: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,5 +148,22 @@ def retained(findings: Sequence[Finding], rank: int, alpha: float, rounding: Rou
 def energy_of(findings: Sequence[Finding], k: int) -> float:
     """Share of all deltas' energy, |delta|_F^2 summed, in the k leading directions of each."""
     whole = math.fsum(one.delta_norm**2 for one in findings)
-    part = math.fsum(one.spectrum.energy(k) * one.delta_norm**2 for one in findings if one.spectrum)
-    return part / whole if whole > 0 else 0.0
+    return leading_energy(findings, k) / whole if whole > 0 else 0.0
+
+
+def leading_energy(findings: Iterable[Finding], k: int) -> float:
+    """Of all rank-k parts, |Proj_k(delta)|_F^2 summed."""
+    return math.fsum(one.spectrum.energy(k) * one.delta_norm**2 for one in findings if one.spectrum)
+
+
+def gaps_after(findings: Iterable[Finding], k: int) -> list[float]:
+    """s_(k+1) / s_k of the matrices of which both are known."""
+    return [one.spectrum.gaps[k - 1] for one in findings if one.spectrum and len(one.spectrum.gaps) >= k]
+
+
+def grouped(findings: Iterable[Finding], key: Callable[[Finding], str]) -> dict[str, list[Finding]]:
+    """Those that have one key, in the order in which the keys come."""
+    groups: dict[str, list[Finding]] = {}
+    for one in findings:
+        groups.setdefault(key(one), []).append(one)
+    return groups

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lox_stream.adapters import is_adapter
 from lox_stream.analysed import Finding
-from lox_stream.api import Progress
+from lox_stream.api import Progress, Reporter
 from lox_stream.copying import InMemory
 from lox_stream.errors import CheckpointError, MemoryBudgetError, OptionError
 from lox_stream.examining import Asked, examined, examining_bytes
@@ -33,6 +33,7 @@ VALUES = 32  # leading singular values
 RANKS = (1, 3, 6, 12)
 ALPHAS = (0.25, 0.5, 1.0, 1.25, 2.0)
 MOST_VALUES = 256
+CHANGING = ("extrapolate", "rescale")  # a rescaling comes with its weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def analyze(
     asked = _asked(options, values, ranks, alphas, reference=reference or finetuned is not None)
     pair = local(base), local(aligned)
     made = plan(*pair, options=asked.options)
-    steps = [step for step in made.steps if step.action in ("extrapolate", "rescale")]
+    steps = [step for step in made.steps if step.action in CHANGING]
     if not steps:
         raise OptionError("there is no matrix that a run would extrapolate, expected one at least")
     _require_memory(steps, asked)
@@ -90,7 +91,7 @@ def analyze(
     told: tuple[str, ...] = ()
     if finetuned is not None:
         later, told = _later(pair, local(finetuned), asked.options, steps)
-    found = _examined(steps, later, asked, _Reporter(steps, progress, started), cancel)
+    found = _examined(steps, later, asked, Reporter(steps, steps, progress, started), cancel)
     findings = tuple(one for step in steps for one in found.get(step.name, ()))
     return Analysis(
         made.base.root,
@@ -98,7 +99,7 @@ def analyze(
         None if finetuned is None else Path(finetuned),
         asked,
         findings,
-        {step.name: step.reason for step in made.steps if step not in steps},
+        {step.name: step.reason for step in made.steps if step.action not in CHANGING},
         (*made.warnings, *told, *(notice for one in findings for notice in one.notices)),
         time.monotonic() - started,
     )
@@ -137,7 +138,7 @@ def _asked(options: Options, values: int, ranks: Sequence[int], alphas: Sequence
         replace(options, device="cpu"),
         values,
         tuple(sorted({*ranks, options.rank})),
-        tuple(sorted({*map(float, alphas), *({options.alpha} - {0.0})})),
+        tuple(sorted({*map(float, alphas), options.alpha})),
         reference,
     )
 
@@ -179,28 +180,11 @@ def _same_matrices(step: Step, other: Step) -> bool:
     return other.action in ("extrapolate", "merge") and (other.count, other.m, other.n) == (step.count, step.m, step.n)
 
 
-class _Reporter:
-    """Calls the caller's `progress`."""
-
-    def __init__(self, steps: Sequence[Step], progress: Callable[[Progress], None] | None, started: float) -> None:
-        self._progress, self._started = progress, started
-        self._total = sum(step.aligned.n_bytes for step in steps), len(steps)
-        self._done = 0, 0
-
-    def __call__(self, working: tuple[str, ...], finished: Step | None = None) -> None:
-        n_bytes, count = self._done
-        if finished is not None:
-            self._done = n_bytes, count = n_bytes + finished.aligned.n_bytes, count + 1
-        if self._progress is not None:
-            elapsed_s = time.monotonic() - self._started
-            self._progress(Progress(n_bytes, self._total[0], 0, count, self._total[1], working, elapsed_s))
-
-
 def _examined(
     steps: Sequence[Step],
     later: Mapping[str, Step],
     asked: Asked,
-    report: _Reporter,
+    report: Reporter,
     cancel: threading.Event | None,
 ) -> dict[str, list[Finding]]:
     """What is found of each tensor, by its name."""
@@ -221,7 +205,8 @@ def _examined(
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, Finished):
-                report((), event.step)
+                report.count(event.step)
+                report(())
             else:
                 report(event.working)
     return found

@@ -132,7 +132,12 @@ def execute_all(
         if going:
             _compute(
                 going,
-                _Reporter(plans, [step for work in works for step in work.steps], progress, started),
+                Reporter(
+                    [step for plan in plans for step in plan.steps],
+                    [step for work in works for step in work.steps],
+                    progress,
+                    started,
+                ),
                 cancel,
                 source,
             )
@@ -156,7 +161,7 @@ def _left(plan: Plan, facts: Mapping[str, TensorFacts]) -> Summary:
     return Summary(plan.out, totals(facts.values()), 0.0, 0, 0, warnings, left_out=plan.left_out)
 
 
-def _compute(works: Sequence[_Work], report: _Reporter, cancel: threading.Event, source: Source | None = None) -> None:
+def _compute(works: Sequence[_Work], report: Reporter, cancel: threading.Event, source: Source | None = None) -> None:
     with contextlib.closing(compute_all([work.way for work in works], stop=cancel, source=source)) as events:
         report(())
         for event in events:
@@ -219,7 +224,7 @@ class _Looking:
 
     def __init__(self, plan: Plan, progress: Callable[[Progress], None] | None, cancel: threading.Event) -> None:
         self._plan, self._cancel = plan, cancel
-        self._report = _Reporter([plan], [*plan.steps], progress, time.monotonic())
+        self._report = Reporter(plan.steps, plan.steps, progress, time.monotonic())
 
     def __call__(self) -> Survey:
         return survey(self._plan, self._seen)
@@ -233,14 +238,17 @@ class _Looking:
         self._report((check.name,))
 
 
-class _Reporter:
-    """Counts what is finished and calls the caller's `progress`."""
+class Reporter:
+    """Counts what is finished of `all_steps`, of which `steps` are to do, and calls the caller's `progress`."""
 
     def __init__(
-        self, plans: Sequence[Plan], steps: list[Step], progress: Callable[[Progress], None] | None, started: float
+        self,
+        all_steps: Sequence[Step],
+        steps: Sequence[Step],
+        progress: Callable[[Progress], None] | None,
+        started: float,
     ) -> None:
         self.progress, self.started = progress, started
-        all_steps = [step for plan in plans for step in plan.steps]
         self.total_bytes = sum(step.aligned.n_bytes for step in all_steps)
         self.total_tensors = len(all_steps)
         self.resumed_bytes = self.total_bytes - sum(step.aligned.n_bytes for step in steps)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Group
@@ -80,13 +81,15 @@ def _carried_out(request: Request, interruption: Interruption) -> int:
             cancel=interruption.cancel,
         )
     code = _climb(request, plans, interruption) if plans else 0
-    if request.as_json:
+    if not (request.as_json or request.quiet):
+        _show(found)
+    if request.as_json or request.out is not None or request.report is not None:
         from lox_stream.recording import document_of
 
-        echo_json(document_of(found))
-    elif not request.quiet:
-        _show(found)
-    _write(request, found)
+        document = document_of(found)
+        if request.as_json:
+            echo_json(document)
+        _write(request, found, document)
     _draw(request, found)
     if not request.quiet:
         warn(found.warnings)
@@ -177,21 +180,19 @@ def require_new(path: Path, option: str) -> None:
     _require_writable(path.absolute().parent)
 
 
-def _write(request: Request, found: Analysis) -> None:
+def _write(request: Request, found: Analysis, document: dict[str, Any]) -> None:
     if request.out is not None:
         from lox_stream.files import make_folder
-        from lox_stream.recording import document_text, table_text
+        from lox_stream.recording import table_text
 
         make_folder(request.out)
         written(request.out / TABLE, table_text(found), quiet=request.quiet)
-        written(request.out / DOCUMENT, document_text(found), quiet=request.quiet)
+        written(request.out / DOCUMENT, json.dumps(document, indent=1) + "\n", quiet=request.quiet)
     if request.report is not None:
-        from lox_stream.journal import finite
         from lox_stream.pages import page_of_analysis
-        from lox_stream.recording import document_of
         from lox_stream.reporting import page_text
 
-        written(request.report, page_text(page_of_analysis(finite(document_of(found)))), quiet=request.quiet)
+        written(request.report, page_text(page_of_analysis(document)), quiet=request.quiet)
 
 
 def _draw(request: Request, found: Analysis) -> None:
@@ -245,9 +246,9 @@ def spark(values: Sequence[float]) -> str:
 def modules_table(found: Analysis) -> Group:
     """A row for what a matrix is in each layer: `model.layers.*.mlp.up_proj.weight`."""
     k, alpha = found.asked.options.rank, found.asked.options.alpha
-    groups: dict[str, list[Finding]] = {}
-    for one in found.findings:
-        groups.setdefault(one.module, []).append(one)
+    from lox_stream.analysed import grouped
+
+    groups = grouped(found.findings, lambda one: one.module)
     tuned = found.finetuned is not None
     columns = ["matrices", "count", "shape", "|delta|/|W|", f"energy {k}", f"s{k + 1}/s{k}", "stand out", "retention"]
     columns += ["R_align", "R_ft", "kept"] if tuned else []
@@ -258,10 +259,10 @@ def modules_table(found: Analysis) -> Group:
 def _row(name: str, some: Sequence[Finding], k: int, alpha: float, *, tuned: bool) -> list[object]:
     from statistics import median
 
-    from lox_stream.analysed import energy_of, mean_of, retained
+    from lox_stream.analysed import energy_of, gaps_after, mean_of, retained
 
     changed = [one for one in some if one.spectrum is not None]
-    gaps = [one.spectrum.gaps[k - 1] for one in changed if one.spectrum and len(one.spectrum.gaps) >= k]
+    gaps = gaps_after(changed, k)
     row: list[object] = [
         name if len(some) > 1 else some[0].name,
         len(some),

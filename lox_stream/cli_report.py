@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from lox_stream.cli_analyze import DOCUMENT, require_new, written
 from lox_stream.errors import OutputError
@@ -34,7 +33,7 @@ def _page_of(out: Path) -> Page:
         )
     document = out / DOCUMENT if out.is_dir() else out
     if document.is_file() and document.suffix == ".json" and document.name != MANIFEST:
-        return page_of_analysis(_document(document))
+        return _page_of_document(document)
     try:
         return page_of_run(read_manifest(folder_of(out)))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -44,16 +43,15 @@ def _page_of(out: Path) -> Page:
         ) from error
 
 
-def _document(path: Path) -> dict[str, Any]:
-    """An analysis as it was written; raises OutputError."""
+def _page_of_document(path: Path) -> Page:
+    """Of an analysis as it was written; raises OutputError."""
     try:
         found = finite(json.loads(path.read_text("utf-8")))
         if found["format"] != FORMAT:
             raise ValueError(f"its format is {found['format']}")
-        page_of_analysis(found)
+        return page_of_analysis(found)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise OutputError(
             f"{printable(path)}: is no analysis of this version: {printable(str(error))}; expected what `lox-stream "
             "analyze --out` writes. Make it again"
         ) from error
-    return dict(found)

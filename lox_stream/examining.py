@@ -185,15 +185,20 @@ def _retained(matrix: _Matrix, found: Leading, asked: Asked, first: int, run: Ru
 
 def _ours(matrix: _Matrix, found: Leading, run: Run) -> Robustness:
     """In float32, at the rank of a run."""
-    k = min(matrix.step.rank or len(found.s), len(found.s))
-    align = math.sqrt(min(1.0, float(found.s[:k].square().sum()) / found.square))
-    if matrix.finetuned is None:
-        return Robustness(k, align)
-    finetuned = matrix.finetuned
+    rank, finetuned = matrix.step.rank or len(found.s), matrix.finetuned
+    if finetuned is None:
+        return _robustness(found, rank)
     total = Formed(
         lambda band: finetuned(band).float() - matrix.w0[band].float(), matrix.region.m, matrix.region.n, run
     )
-    return Robustness(k, align, *along(found, k, total))
+    return _robustness(found, rank, total)
+
+
+def _robustness(found: Leading, rank: int, total: Formed | None = None) -> Robustness:
+    """By the leading directions of the alignment; `total` is the difference of the fine-tuned model from base."""
+    k = min(rank, len(found.s))
+    align = math.sqrt(min(1.0, float(found.s[:k].square().sum()) / found.square))
+    return Robustness(k, align) if total is None else Robustness(k, align, *along(found, k, total))
 
 
 def _reference(matrix: _Matrix, seed: int, run: Run) -> Robustness | None:
@@ -206,16 +211,14 @@ def _reference(matrix: _Matrix, seed: int, run: Run) -> Robustness | None:
     found = leading_of(lambda band: delta(band).float(), m, n, REFERENCE_RANK, seed, run)
     if found is None or not math.isfinite(found.square):  # bfloat16 may not hold it
         return None
-    k = min(REFERENCE_RANK, len(found.s))
-    align = math.sqrt(min(1.0, float(found.s[:k].square().sum()) / found.square))
-    if matrix.finetuned is None:
-        return Robustness(k, align)
     finetuned = matrix.finetuned
+    if finetuned is None:
+        return _robustness(found, REFERENCE_RANK)
 
     def total(band: slice) -> Tensor:
         return (delta(band) + (finetuned(band).bfloat16() - matrix.aligned(band).bfloat16())).float()
 
-    return Robustness(k, align, *along(found, k, Formed(total, m, n, run)))
+    return _robustness(found, REFERENCE_RANK, Formed(total, m, n, run))
 
 
 def is_linear(step: Step) -> bool:

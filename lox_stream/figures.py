@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lox_stream.analysed import Finding, retained
+from lox_stream.analysed import Finding, grouped, retained
 from lox_stream.charts import MARKERS
 from lox_stream.names import printable
 
@@ -43,9 +43,7 @@ def figures_of(found: Analysis, folder: Path) -> Iterator[Path]:
 
 def _modules(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
     """Those with the most energy, by what a matrix is in each layer."""
-    groups: dict[str, list[Finding]] = {}
-    for one in findings:
-        groups.setdefault(one.module, []).append(one)
+    groups = grouped(findings, lambda one: one.module)
     ranked = sorted(groups.items(), key=lambda group: -math.fsum(one.delta_norm**2 for one in group[1]))
     return dict(ranked[:MOST_LINES])
 

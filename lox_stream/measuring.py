@@ -107,9 +107,14 @@ def _of_all(form: Form, m: int, n: int, rank: int) -> Leading | None:
     return _of_tall(form, m, n, rank)
 
 
-def _of_tall(form: Form, m: int, n: int, rank: int) -> Leading | None:
+def _bands(m: int, n: int) -> list[slice]:
+    """All rows of an (m, n) matrix, a tile's elements at a time."""
     rows = max(1, TILE_ELEMENTS // n)
-    bands = [slice(top, min(top + rows, m)) for top in range(0, m, rows)]
+    return [slice(top, min(top + rows, m)) for top in range(0, m, rows)]
+
+
+def _of_tall(form: Form, m: int, n: int, rank: int) -> Leading | None:
+    bands = _bands(m, n)
     gram = torch.zeros(n, n, dtype=torch.float64)
     for band in bands:
         a = form(band)
@@ -148,8 +153,7 @@ class Formed:
     def __init__(self, form: Form, m: int, n: int, run: Run) -> None:
         self.shape = m, n
         self._form, self._run = form, run
-        rows = max(1, TILE_ELEMENTS // n)
-        self._bands = [slice(top, min(top + rows, m)) for top in range(0, m, rows)]
+        self._bands = _bands(m, n)
         self._square: float | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ def cells_of(
 def _scaled(updates: Updates, rank: int, alpha: float, band: slice) -> tuple[Tensor, int]:
     """U times its factors, of some rows, and how many columns that has."""
     most = len(updates.s)
-    k = min(rank, most) if rank else most
+    k = min(rank, most)
     factor = updates.s[:k] * alpha
     if updates.merged:
         factor = updates.s.clone()
@@ -274,9 +278,9 @@ def _scaled(updates: Updates, rank: int, alpha: float, band: slice) -> tuple[Ten
 
 def _looked_at(m: int, n: int) -> list[slice]:
     """Bands of whole rows, at even distances, or all of them; none of more than a tile's elements."""
-    most = max(1, TILE_ELEMENTS // n)
     if m * n <= LOOKED_AT:
-        return [slice(top, min(top + most, m)) for top in range(0, m, most)]
+        return _bands(m, n)
+    most = max(1, TILE_ELEMENTS // n)
     count = min(BANDS, m, max(1, LOOKED_AT // n))
     rows = max(1, min(most, LOOKED_AT // n // count))
     return [slice(top, top + rows) for top in (i * (m - rows) // max(1, count - 1) for i in range(count))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ FORMAT = 1
 
 
 def document_of(found: Analysis) -> dict[str, Any]:
-    """The analysis as JSON-able data; what no matrix has is null."""
+    """The analysis as JSON holds it; what no matrix has, NaN and infinities are null."""
     asked, changed = found.asked, [one for one in found.findings if one.spectrum is not None]
     means = {
         name: mean and asdict(mean) | {"left": mean.left}
@@ -31,7 +30,7 @@ def document_of(found: Analysis) -> dict[str, Any]:
             ("reference", mean_of(one.reference for one in changed)),
         )
     }
-    return {
+    said = {
         "format": FORMAT,
         "lox_stream": __version__,
         "base": place_name(found.base),
@@ -57,11 +56,7 @@ def document_of(found: Analysis) -> dict[str, Any]:
         "warnings": list(found.warnings),
         "elapsed_s": found.elapsed_s,
     }
-
-
-def document_text(found: Analysis) -> str:
-    """The document as a file holds it; NaN and infinities are null."""
-    return json.dumps(finite(document_of(found)), indent=1) + "\n"
+    return dict(finite(said))
 
 
 def _grid(findings: Sequence[Finding], ranks: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Any]]:
