@@ -113,3 +113,4 @@ $(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@touch $@
 
 include examples/real_pair/real.mk
+include benchmarks/robustness/robustness.mk

@@ -84,11 +84,12 @@ def has_bf16_instructions() -> bool:
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], args: argparse.Namespace
 ) -> list[float]:
-    """AdamW with ten steps of warm-up and a linear decay; returns the losses.
+    """AdamW with ten steps of warm-up and a linear decay, on the model's device; returns the losses.
 
-    bf16 autocast only where the CPU has instructions for it: elsewhere it is emulated and slower than float32.
+    bf16 autocast on a CPU only where it has instructions for it: elsewhere it is emulated and slower than float32.
     """
-    fast_bf16 = has_bf16_instructions()
+    device = model.device.type
+    fast_bf16 = device == "cuda" or has_bf16_instructions()
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.0)
     rng = random.Random(args.seed)
     queue: list[Pair] = []
@@ -100,8 +101,9 @@ def train(
         chosen, queue = queue[: args.batch], queue[args.batch :]
         for group in optimiser.param_groups:
             group["lr"] = args.rate * min(1, (step + 1) / 10) * (1 - step / args.steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16):
-            loss = model(**batch(tokenizer, chosen)).loss
+        rows = {name: tensor.to(device) for name, tensor in batch(tokenizer, chosen).items()}
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=fast_bf16):
+            loss = model(**rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimiser.step()

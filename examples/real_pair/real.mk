@@ -18,7 +18,8 @@ REAL_WHEELS := $(REAL_BUILD)/wheels
 
 $(REAL_VENV)/ready: $(REAL_PINS) constraints.txt pyproject.toml
 	$(REAL_PYTHON) -m venv $(REAL_VENV)
-	$(REAL_PIP) install -c constraints.txt -c $(REAL_PINS) -e . torch transformers accelerate gguf pytest hypothesis
+	$(REAL_PIP) install -c constraints.txt -c $(REAL_PINS) -e . torch transformers accelerate gguf pytest hypothesis \
+	  scipy scikit-learn matplotlib
 	touch $@
 
 $(REAL_WHEELS)/ready: $(REAL_PINS) | $(REAL_VENV)/ready

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Table, words and picture out of the cells under a folder: `python benchmarks/robustness/evidence.py FOLDER`.
+
+FOLDER/cells/*.json -> FOLDER/evidence.md, evidence.json, attacks.svg. What is not there yet is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "examples" / "real_pair"), str(HERE.parent)]
+
+import judges  # noqa: E402
+from arms import ARMS  # noqa: E402
+from harness import Table, save  # noqa: E402
+from intervals import difference, mcnemar, wilson  # noqa: E402
+
+JUDGES = {"phrases": "refusal phrases", "classifier": "classifier"}
+Record = Mapping[str, Any]
+
+
+def verdicts(record: Record, judge: str) -> list[bool]:
+    """Whether the attack succeeded, one a prompt."""
+    return [bit == "1" for bit in record[judge]]
+
+
+def share(bits: str) -> str:
+    low, high = wilson(bits.count("1"), len(bits))
+    return f"{bits.count('1') / len(bits):.0%} ({low:.0%} to {high:.0%})"
+
+
+def read(folder: Path) -> dict[str, list[Record]]:
+    """The cells of each attack; "" holds those before any."""
+    found: dict[str, list[Record]] = {}
+    for file in sorted((folder / "cells").glob("*.json")):
+        record = json.loads(file.read_text())
+        found.setdefault(group_of(record), []).append(record)
+    order = ["base", *ARMS]
+    for records in found.values():
+        records.sort(key=lambda one: (order.index(one["arm_name"]), seed_of(one)))
+    return found
+
+
+def group_of(record: Record) -> str:
+    """What cells of one table share: alignment and attack, whatever the seed."""
+    alignment, attack = record["alignment"], record["attack"]
+    after = f", attacked by {attack['kind']}, {attack['steps']} steps at {attack['rate']:g}" if attack else ""
+    before = f"Aligned by {alignment['steps']} steps" if alignment["steps"] else f"The pair {alignment['name']}"
+    return before + after
+
+
+def seed_of(record: Record) -> int:
+    return int(record["attack"]["seed"]) if record["attack"] else 0
+
+
+def label_of(record: Record) -> str:
+    return ARMS[record["arm_name"]].label if record["arm_name"] in ARMS else str(record["arm_name"])
+
+
+def start_of(record: Record) -> tuple[str, str]:
+    """What cells that begin with one model share."""
+    return json.dumps(record["alignment"]), record["arm_name"]
+
+
+def safety_table(group: str, records: Sequence[Record]) -> Table:
+    """Attack success of each cell by both judges."""
+    rows = []
+    for record in records:
+        name = label_of(record) + (f", seed {seed_of(record)}" if record["attack"] else "")
+        agreed = [a == b for a, b in zip(verdicts(record, "phrases"), verdicts(record, "classifier"), strict=True)]
+        row = [name, *(share(record[judge]) for judge in JUDGES), f"{sum(agreed) / len(agreed):.0%}"]
+        row.append(f"{record['subspace']['ours']['kept']:.2f}" if record["subspace"] else "")
+        rows.append(tuple(row))
+    heads = ("model", *(f"harmful requests answered, {judge}" for judge in JUDGES.values()), "judges agree", "kept")
+    return Table(group, heads, tuple(rows))
+
+
+def cost_table(group: str, records: Sequence[Record]) -> Table:
+    rows = [
+        (
+            label_of(record) + (f", seed {seed_of(record)}" if record["attack"] else ""),
+            share(record["sound_harmful_refused"]),
+            share(record["ordinary_right"]),
+            share(record["arithmetic_right"]),
+            f"{math.exp(record['arithmetic_loss']):.2f}",
+            f"{math.exp(record['prose_loss']):.1f}",
+        )
+        for record in records
+    ]
+    heads = (
+        "model",
+        "harmless requests that sound harmful, refused",
+        "ordinary questions, right",
+        "word problems, right",
+    )
+    heads += ("perplexity, word problems", "perplexity, prose")
+    return Table(f"{group}: what it costs", heads, tuple(rows))
+
+
+def comparison_table(group: str, records: Sequence[Record]) -> Table | None:
+    """Each arm against aligned after the same attacks: the difference, and McNemar's P of each seed."""
+    by_arm: dict[str, dict[int, Record]] = {}
+    for record in records:
+        by_arm.setdefault(label_of(record), {})[seed_of(record)] = record
+    reference = by_arm.pop(ARMS["aligned"].label, {})
+    rows = []
+    for label, cells in by_arm.items():
+        seeds = sorted(cells.keys() & reference.keys())
+        for judge, judge_name in JUDGES.items():
+            if seeds:
+                one = [verdicts(cells[seed], judge) for seed in seeds]
+                other = [verdicts(reference[seed], judge) for seed in seeds]
+                mean, low, high = difference(one, other)
+                chances = ", ".join(f"{mcnemar(a, b):.2g}" for a, b in zip(one, other, strict=True))
+                rows.append((label, judge_name, f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", chances))
+    if not rows:
+        return None
+    heads = ("arm against aligned", "judge", "points", "McNemar's P, one a seed")
+    return Table(f"{group}: differences", heads, tuple(rows), ("Less than 0: the arm answers fewer harmful requests.",))
+
+
+def write_evidence(folder: Path) -> None:
+    """Everything that can be said of the cells that are there."""
+    groups = read(folder)
+    tables: list[Table] = []
+    for group, records in groups.items():
+        tables.append(safety_table(group, records))
+        if records[0]["attack"]:
+            compared = comparison_table(group, records)
+            tables += [compared] if compared else []
+        tables.append(cost_table(group, records))
+    save(folder / "evidence.md", record_of_all(groups), tables)
+    draw(folder / "attacks.svg", groups)
+
+
+def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    records = [record for group in groups.values() for record in group]
+    newest = max(records, key=lambda one: one["time"])
+    pairs = [
+        (a, b)
+        for record in records
+        for a, b in zip(verdicts(record, "phrases"), verdicts(record, "classifier"), strict=True)
+    ]
+    return {
+        "benchmark": "Does LoX protect?",
+        "time": newest["time"],
+        "command": newest["command"],
+        "machine": newest["machine"],
+        "cells": len(records),
+        "judges": {
+            "agreement": sum(a == b for a, b in pairs) / len(pairs),
+            "classifier": judges.accuracy(judges.labelled()),
+        },
+    }
+
+
+def draw(file: Path, groups: Mapping[str, Sequence[Record]]) -> None:
+    """Share of harmful requests answered before and after the attacks, a panel a judge, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    everything = [record for group in groups.values() for record in group]
+    before = {start_of(record): record for record in everything if not record["attack"]}
+    attacked = [record for record in everything if record["attack"]]
+    if not attacked:
+        return
+    figure = Figure(figsize=(9, 1.5 + 0.32 * len(attacked)), layout="constrained")
+    panels = figure.subplots(1, len(JUDGES), sharey=True)
+    for axes, (judge, name) in zip(panels, JUDGES.items(), strict=True):
+        for row, record in enumerate(attacked):
+            low, high = wilson(record[judge].count("1"), len(record[judge]))
+            at = record[judge].count("1") / len(record[judge])
+            axes.plot([100 * low, 100 * high], [row, row], color="#c2410c", linewidth=2)
+            axes.plot(100 * at, row, "o", color="#c2410c", label="after the attack" if row == 0 else None)
+            start = before.get(start_of(record))
+            if start:
+                bits = start[judge]
+                at = 100 * bits.count("1") / len(bits)
+                axes.plot(at, row, "|", color="#1d4ed8", ms=14, mew=3, label="before" if row == 0 else None)
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel(f"harmful requests answered, % ({name})")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(
+        range(len(attacked)),
+        [f"{label_of(one)}, {one['attack']['kind']}, seed {seed_of(one)}" for one in attacked],
+    )
+    panels[0].invert_yaxis()
+    panels[0].legend(loc="lower right", fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    write_evidence(parser.parse_args().folder)
