@@ -156,6 +156,8 @@ def test_a_site_whose_links_all_lead_somewhere_has_no_problems_and_its_other_ser
         ("<style>p { background: url('https://x.org/p') }</style>", "loads https://x.org/p from elsewhere"),
         ('<p style="background: url(https://x.org/p)">', "loads https://x.org/p from elsewhere"),
         ("<rounded - W, update>", "<rounded> is no tag"),
+        ('<pre class="mermaid">', "fetch a script from elsewhere"),
+        ('<a class="md-source" data-md-component="source">', "fetch a script from elsewhere"),
     ],
 )
 def test_what_is_wrong_in_a_page_is_told(site, more, problem):

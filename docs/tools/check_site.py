@@ -1,6 +1,8 @@
 """Every link of the built site leads to something, and nothing is loaded from elsewhere: python check_site.py FOLDER
 
-Addresses on other servers are counted, and not asked: the check needs no network.
+Addresses on other servers are listed, and not asked: the check needs no network. The theme's own script would fetch
+other scripts where a page has what they are for (a diagram, a lightbox, code to run in the page, the stars of a
+repository): such pages are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ form g h1 h2 h3 h4 h5 h6 head header hr html img input kbd label li line link ma
 polyline pre rect s script section small span strong style sub summary sup svg table tbody td template th
 thead title tr ul use
 """
+FETCHED_FOR = re.compile(r"\b(?:mermaid|glightbox)\b|^source$")  # classes, or components of the theme
 IN_CSS = re.compile(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)")
 IN_SCRIPT = re.compile(r"(?:fetch|importScripts|import)\(\s*['\"](https?:)?//")
 
@@ -49,6 +52,9 @@ class Page(HTMLParser):
             self.faults.append(f"{given.get('src')} has no words beside it")
         if tag not in TAGS.split():
             self.faults.append(f"<{tag}> is no tag: write &lt;{tag}")
+        marks = [*given.get("class", "").split(), given.get("data-md-component", "")]
+        if any(FETCHED_FOR.search(mark) for mark in marks) or any(name.startswith("data-md-exec") for name in given):
+            self.faults.append(f"<{tag} class='{given.get('class', '')}'> has the theme fetch a script from elsewhere")
         if "canonical" in given.get("rel", ""):
             return
         for name, value in given.items():
