@@ -90,7 +90,7 @@ wheel: $(VENV)/ready ## build the wheel, install it elsewhere, run it outside th
 	@rm -rf $(WHEEL)/venv
 
 clean: ## remove what was built, the environments too
-	rm -rf build dist *.egg-info .venv .venv-compat .venv-docs .venv-llmcompressor .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .cache .venv .venv-compat .venv-docs .venv-llmcompressor .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt

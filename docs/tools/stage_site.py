@@ -107,7 +107,8 @@ def stage(root: Path, folder: Path) -> list[str]:
         is_folder = (root / page).is_dir() and (root / page / "README.md").exists()
         own = posixpath.join(page, "README.md") if is_folder else page
         text = linked(text_of(page, root), own, turn)
-        (folder / to).write_text(text if to.count("/") == 0 else f"---\nsearch:\n  exclude: true\n---\n\n{text}")
+        searched = "/" not in to or posixpath.dirname(to) == OUTSIDE  # docs/, and what lies beside it: CONTRIBUTING.md
+        (folder / to).write_text(text if searched else f"---\nsearch:\n  exclude: true\n---\n\n{text}")
     return sorted(seen)
 
 
