@@ -229,7 +229,7 @@ def test_the_commands_for_folders_of_ones_own_run_on_others_that_stand_in(page, 
             stand_ins(folder, words)
             words += QUICK if words[1] == "bench" else []
             words = [sys.executable, "-P", "-m", "lox_stream", *words[1:]]
-        ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
 
 
