@@ -60,7 +60,7 @@ def judge_by(words: Sequence[str], cancel: threading.Event) -> Judge:
 
 
 def _run(command: Sequence[str], out: IO[bytes], err: IO[bytes], cancel: threading.Event, at: str) -> int:
-    """Its exit code, in a session of its own, so that what it starts ends with it. Raises Cancelled."""
+    """Its exit code, in a session of its own, so that a stop reaches what it started, too. Raises Cancelled."""
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
     except (OSError, ValueError) as error:
