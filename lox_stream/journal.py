@@ -192,7 +192,7 @@ def replay(folder: Path) -> Replay | None:
 def _require_identity(header: Mapping[str, Any]) -> None:
     """Raise KeyError or TypeError for what `identity` does not make."""
     _require(dict, [header[key] for key in ("versions", "options", "inputs")])
-    sides = [header["inputs"][side] for side in ("base", "aligned")]
+    sides = [header["inputs"]["base"], header["inputs"]["aligned"], *header["inputs"].values()]
     _require(dict, sides)
     _require(dict, [row for side in sides for row in side.values()])
 

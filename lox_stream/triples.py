@@ -113,7 +113,8 @@ def _partners(
     pairs = pair(other, aligned, names, ())
     found = {name: partner for name, partner in pairs.partners.items() if partner is not None}
     missing = [name for name in names if name not in found]
-    extra = [name for name in pairs.unused if other.tensors[name].dtype in FLOATS and name not in tied_names(other)]
+    tied = tied_names(other)
+    extra = [name for name in pairs.unused if other.tensors[name].dtype in FLOATS and name not in tied]
     shapes = [
         f"{printable(name)}: aligned is {aligned.tensors[name].shape}, {side} is {partner.shape}"
         for name, partner in found.items()
