@@ -5,7 +5,6 @@ The pipeline is that of a run; what it does with a tensor is another thing. Noth
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,19 +14,15 @@ from pathlib import Path
 from lox_stream.adapters import is_adapter
 from lox_stream.analysed import Finding
 from lox_stream.api import Progress, Reporter
-from lox_stream.copying import InMemory
 from lox_stream.errors import CheckpointError, MemoryBudgetError, OptionError
 from lox_stream.examining import Asked, examined, examining_bytes
-from lox_stream.facts import TensorFacts
 from lox_stream.hub import local
 from lox_stream.kernels.cpu import Run
+from lox_stream.looking import look_at
 from lox_stream.matching import Step
 from lox_stream.names import in_quotes, listing, printable, shown
-from lox_stream.on_card import Cards
 from lox_stream.options import Options, check_platform
-from lox_stream.pipeline import Finished, compute_all
 from lox_stream.planning import DEFAULTS, plan
-from lox_stream.sinks import Use, Way, Written
 
 VALUES = 32  # leading singular values
 RANKS = (1, 3, 6, 12)
@@ -191,26 +186,10 @@ def _examined(
     found: dict[str, list[Finding]] = {}
     own = {step.name: step for step in steps}
 
-    def process(tensors: Sequence[Sequence[Use]], run: Run, cards: Cards | None) -> list[list[Written]]:
-        del cards  # all of this is computed by the CPU
-        done = [use for uses in tensors for use in uses]
-        for use in done:
-            if use.step.action == "extrapolate":
-                found[use.step.name] = examined(own[use.step.name], later.get(use.step.name), asked, run)
-        return [[Written(use, _no_facts(use.step), use.way.place(use.step))] for use in done]
+    def look(step: Step, run: Run) -> None:
+        if step.action == "extrapolate":
+            found[step.name] = examined(own[step.name], later.get(step.name), asked, run)
 
-    counted = {step.name: replace(step, rank=max(asked.rank, step.rank)) for step in steps}  # for the memory it takes
-    way = Way(counted, asked.options, lambda step: InMemory(0))
-    events = compute_all([way], stop=cancel, held_bytes=lambda step: examining_bytes(step, asked), procedure=process)
-    with contextlib.closing(events):
-        for event in events:
-            if isinstance(event, Finished):
-                report.count(event.step)
-                report(())
-            else:
-                report(event.working)
+    counted = [replace(step, rank=max(asked.rank, step.rank)) for step in steps]  # for the memory it takes
+    look_at(counted, asked.options, look, report, cancel, lambda step: examining_bytes(step, asked))
     return found
-
-
-def _no_facts(step: Step) -> TensorFacts:
-    return TensorFacts(step.name, step.action, step.reason, 0, 0.0, "")

@@ -616,6 +616,90 @@ def _analyze(
     return carry_out(request)
 
 
+@commands.command("landscape")
+@with_options(
+    side("--aligned", "The model after alignment: a folder or a file, or its name on the hub."),
+    side("--lox", "What LoX made of it, in the same places: axis 1 leads there."),
+    side("--finetuned", "The attacked model, fine-tuned from aligned or from LoX's: axis 2 leads there."),
+    option(
+        FILES,
+        "--out",
+        type=HERE,
+        metavar="DIR",
+        show_default="none: the axes are measured",
+        help="Folder for the landscape, or the model of --point; new, empty, or to go on with.",
+    ),
+    option(
+        FILES,
+        "--picture",
+        "pictures",
+        type=HERE,
+        multiple=True,
+        metavar="FILE",
+        help="Also draw it into a .png or .svg; repeatable.",
+    ),
+    option(
+        METHOD,
+        "--x",
+        default="-0.5:1.5:5",
+        metavar="FROM:TO:N",
+        show_default=True,
+        help="Places along LoX's direction, or numbers with commas: aligned is at 0, LoX's output at 1.",
+    ),
+    option(
+        METHOD,
+        "--y",
+        default="-0.5:1.5:5",
+        metavar="FROM:TO:N",
+        show_default=True,
+        help="Places across it: aligned and LoX's output are at 0, the fine-tuned model at 1.",
+    ),
+    option(METHOD, "--point", metavar="X,Y", help="Write just the model that lies there, to --out."),
+    HOST,
+    TELLING,
+    click.argument("judge", nargs=-1, type=click.UNPROCESSED, metavar="[-- JUDGE...]"),
+)
+def _landscape(
+    aligned: Path,
+    lox: Path,
+    finetuned: Path,
+    out: Path | None,
+    pictures: tuple[Path, ...],
+    x: str,
+    y: str,
+    point: str | None,
+    judge: tuple[str, ...],
+    **given: Any,
+) -> int:
+    """Judge the models on a plane around the aligned one: along LoX's direction, and along that of an attack.
+
+    Each model of the grid is written, JUDGE is run on it, and it is removed before the next one is made. JUDGE is a
+    command of yours, run without a shell: {model} in its words is the model's folder, {x} and {y} the point. The last
+    line of what it prints is a number, or a JSON object with one; landscape.json and landscape.csv in --out collect
+    them. The same command goes on where it stopped; a grid may grow.
+
+    \b
+    Examples:
+      lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked
+      lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked --out landscape \\
+        --x -0.5:1.5:5 --y 0:1:3 --picture landscape.png -- python asr.py {model}
+      lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked --out half --point 0.5,1
+    """
+    from lox_stream.cli_landscape import Request, carry_out, point_of
+    from lox_stream.landscape_file import places_of
+
+    request = Request(
+        *(aligned, lox, finetuned, out, places_of(x, "--x"), places_of(y, "--y")),
+        None if point is None else point_of(point),
+        judge,
+        pictures,
+        Options(memory_bytes=given["memory"], threads=given["threads"]),
+        given["as_json"],
+        given["quiet"],
+    )
+    return carry_out(request)
+
+
 @commands.command("report")
 @click.argument("out", type=HERE, metavar="OUT")
 @click.option(

@@ -51,6 +51,10 @@ class DeviceError(LoxError):
     """The device asked for is not usable."""
 
 
+class JudgeError(LoxError):
+    """The judge of a landscape's points failed, or said no number."""
+
+
 class Cancelled(LoxError):
     """The work was stopped on request; the output folder can be resumed."""
 

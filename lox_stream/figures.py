@@ -1,15 +1,17 @@
-"""An analysis as figures for a paper, each as PNG and as SVG: spectra, energy, retention, and a map of layers."""
+"""An analysis as figures for a paper, each as PNG and as SVG, and a landscape as a map of each number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lox_stream.analysed import Finding, grouped, retained
 from lox_stream.charts import MARKERS
+from lox_stream.landscape_file import Landscape, Place, values_of
 from lox_stream.names import printable
 
 if TYPE_CHECKING:
@@ -124,3 +126,44 @@ def _layers(axes: Any, found: Analysis, findings: Sequence[Finding]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer", fontsize=8)
     axes.figure.colorbar(drawn, ax=axes).set_label(f"energy in {k} directions", fontsize=7)
+
+
+def picture_of(found: Landscape, path: Path) -> None:
+    """Write a landscape as a PNG or SVG: a map of each number that was judged, with the three models in it."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no state
+
+    maps = dict(list(values_of(found.points).items())[:MOST_LINES])
+    figure = Figure(figsize=(COLUMN * 1.2 * len(maps), COLUMN), layout="constrained")
+    for number, (name, values) in enumerate(maps.items(), 1):
+        _map(figure.add_subplot(1, len(maps), number), found, name, values)
+    figure.savefig(path, dpi=300, metadata={"Date": None} if path.suffix == ".svg" else {})
+
+
+def _map(axes: Any, found: Landscape, name: str, values: Mapping[Place, float]) -> None:
+    """A cell for each point, whose borders lie halfway to the next; what lies beyond the grid is not marked."""
+    columns, rows = _borders(found.xs), _borders(found.ys)
+    cells = [[values.get((x, y), math.nan) for x in found.xs] for y in found.ys]
+    drawn = axes.pcolormesh(columns, rows, cells, cmap="viridis")
+    for label, x, y in (("aligned", 0.0, 0.0), ("LoX", 1.0, 0.0), ("fine-tuned", found.axes.c, 1.0)):
+        if columns[0] <= x <= columns[-1] and rows[0] <= y <= rows[-1]:
+            axes.plot(x, y, marker="o", markersize=4, color="white", markeredgecolor="black")
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
+            axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=6, bbox=box)
+    axes.tick_params(labelsize=6)
+    axes.set_xlabel("x: LoX - aligned", fontsize=8)
+    axes.set_ylabel("y: fine-tuned - aligned, across x", fontsize=8)
+    bar = axes.figure.colorbar(drawn, ax=axes)
+    bar.ax.tick_params(labelsize=6)
+    bar.set_label(printable(name).replace("$", r"\$"), fontsize=7)
+
+
+def _borders(places: Sequence[float]) -> list[float]:
+    """Of cells around places; a lone one is 1 wide.
+
+    >>> _borders((0.0, 1.0, 3.0)), _borders((2.0,))
+    ([-0.5, 0.5, 2.0, 4.0], [1.5, 2.5])
+    """
+    if len(places) == 1:
+        return [places[0] - 0.5, places[0] + 0.5]
+    middles = [(a + b) / 2 for a, b in pairwise(places)]
+    return [2 * places[0] - middles[0], *middles, 2 * places[-1] - middles[-1]]

@@ -26,7 +26,7 @@ from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.names import printable, shown
 from lox_stream.options import Options, is_gpu, to_json
 from lox_stream.output_rules import JOURNAL
-from lox_stream.planning import Plan
+from lox_stream.planning import Plan, inputs_of
 from lox_stream.shards import is_regular, parse_json, source_name
 
 FORMAT = 2  # 1: weights were tied by their names alone, and padding rows were rows
@@ -112,8 +112,8 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("lox-stream", "torch")},
-        "options": byte_options(plan.options),
-        "inputs": {"base": _shards(plan.base), "aligned": _shards(plan.aligned)},
+        "options": byte_options(plan.options) | ({"x": plan.point.x, "y": plan.point.y} if plan.point else {}),
+        "inputs": {side: _shards(checkpoint) for side, checkpoint in inputs_of(plan).items()},
     }
 
 
@@ -192,7 +192,7 @@ def replay(folder: Path) -> Replay | None:
 def _require_identity(header: Mapping[str, Any]) -> None:
     """Raise KeyError or TypeError for what `identity` does not make."""
     _require(dict, [header[key] for key in ("versions", "options", "inputs")])
-    sides = [header["inputs"][side] for side in ("base", "aligned")]
+    sides = [header["inputs"]["base"], header["inputs"]["aligned"], *header["inputs"].values()]
     _require(dict, sides)
     _require(dict, [row for side in sides for row in side.values()])
 

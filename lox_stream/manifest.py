@@ -26,7 +26,7 @@ from lox_stream.journal import finite, sample_hash, version
 from lox_stream.names import printable
 from lox_stream.options import to_json
 from lox_stream.output_rules import MANIFEST
-from lox_stream.planning import Plan
+from lox_stream.planning import Plan, inputs_of
 from lox_stream.sealing import opened
 from lox_stream.shards import is_regular, parse_json, source_name, written_bytes
 
@@ -114,9 +114,9 @@ def manifest_of(
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "options": finite(to_json(plan.options)),
         "inputs": {
-            side: input_of(checkpoint, (began or {}).get(side, {}))
-            for side, checkpoint in (("base", plan.base), ("aligned", plan.aligned))
+            side: input_of(checkpoint, (began or {}).get(side, {})) for side, checkpoint in inputs_of(plan).items()
         },
+        **({"point": {"x": plan.point.x, "y": plan.point.y}} if plan.point else {}),
         "index": plan.written.index_name,
         **_components(plan.written),
         **left,

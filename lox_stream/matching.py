@@ -31,7 +31,10 @@ from lox_stream.tables import padding_rows
 from lox_stream.ties import says_tied, tie_warnings, tied_names
 
 Reason = (
-    Kind | Literal["integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched", "merged"]
+    Kind
+    | Literal[
+        "integer", "skipped", "alpha 0", "empty", "missing", "other shape", "scales", "untouched", "merged", "landscape"
+    ]
 )
 Facts = TypeVar("Facts")
 _MANY = 12  # problems of one kind beyond this many become one message
@@ -48,7 +51,7 @@ class Step:
     name: str
     aligned: TensorInfo
     base: TensorInfo | None  # None when copied
-    action: Literal["extrapolate", "copy", "rescale", "merge"]  # rescale: scales of FP8; merge: factors and no more
+    action: Literal["extrapolate", "copy", "rescale", "merge", "blend"]  # rescale: scales of FP8; merge: factors alone
     reason: Reason
     rank: int = 0  # as the user gave it; 0: full rank, no SVD
     count: int = 1
@@ -61,6 +64,7 @@ class Step:
     base_scaled: Scaled | None = None
     factors: Factors | None = None  # aligned is base changed by these: `aligned` says where base's tensor lies
     pairs: tuple[Pair, ...] = ()  # of an adapter that is written in place of the tensor; tied weights have several
+    blend: tuple[tuple[float, TensorInfo], ...] = ()  # of a landscape: added is factor * (tensor - aligned) of each
 
 
 def decide(tensor: TensorInfo, options: Options) -> Reason:

@@ -17,7 +17,7 @@ from lox_stream.journal import version
 from lox_stream.manifest import Totals
 from lox_stream.names import address_of, counted, hub_name, printable
 from lox_stream.output_rules import MODEL_CARD
-from lox_stream.planning import Plan
+from lox_stream.planning import Plan, Point
 
 TAGS = ("lox", "safety")
 LOW_RETENTION = 0.6
@@ -40,7 +40,8 @@ CITATION = """```bibtex
 def card_for(plan: Plan, totals: Totals) -> bytes:
     """README.md for the output of `plan`: aligned's completed, or a new one where aligned has none."""
     path = plan.aligned.folder / MODEL_CARD
-    models = list(dict.fromkeys((model_name(plan.aligned), model_name(plan.base))))
+    third = () if plan.point is None else (plan.point.finetuned,)
+    models = list(dict.fromkeys(map(model_name, (plan.aligned, plan.base, *third))))
     entries: dict[str, str | Sequence[str]] = {"base_model": models, "base_model_relation": "merge"}
     if plan.options.form != "weights":
         entries = {"base_model": models[:1], "base_model_relation": "adapter", "library_name": "peft"}
@@ -131,6 +132,8 @@ def _yaml(entries: dict[str, str | Sequence[str]]) -> str:
 
 def section(plan: Plan, totals: Totals, models: Iterable[str]) -> str:
     """What is said of the extrapolation, in Markdown."""
+    if plan.point is not None:
+        return _point_section(plan, plan.point)
     options, (aligned, *rest) = plan.options, models
     base = rest[0] if rest else aligned
     rank = options.rank or "full"
@@ -186,6 +189,24 @@ def _merge_section(plan: Plan, totals: Totals, adapter: str, model: str) -> str:
         f"These weights were made by lox-stream {version('lox-stream')}: a LoRA adapter was merged into the model, "
         f"`W = W1 + scaling * B A`, rounded once.\n\n| | |\n| --- | --- |\n{table}\n"
         "Checksums and the facts of each tensor are in `lox_stream.json`.\n"
+    )
+
+
+def _point_section(plan: Plan, point: Point) -> str:
+    """Of a model that lies in a landscape."""
+    rows = [
+        ("aligned", _code(model_name(plan.aligned))),
+        ("LoX", _code(model_name(plan.base))),
+        ("fine-tuned", _code(model_name(point.finetuned))),
+        ("x, y", f"{point.x:g}, {point.y:g}"),
+    ]
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    return (
+        "## A point of a landscape\n\n"
+        f"These weights were made by lox-stream {version('lox-stream')}: `W = aligned + x * d1 + y * d2`, where `d1` "
+        "is LoX's output minus aligned, and `d2` the fine-tuned model minus aligned, made orthogonal to `d1`; rounded "
+        f"once.\n\n| | |\n| --- | --- |\n{table}\n"
+        "Checksums of each tensor are in `lox_stream.json`.\n"
     )
 
 

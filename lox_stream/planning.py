@@ -34,6 +34,15 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """Where in a landscape a model lies: the plan's base is the LoX model there, and this is the third one."""
+
+    finetuned: Checkpoint
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a run does, in the order in which it reads."""
 
@@ -45,6 +54,13 @@ class Plan:
     steps: tuple[Step, ...]  # by aligned's shards and offsets, so that reading is sequential
     warnings: tuple[str, ...]  # complete messages
     left_out: tuple[LeftOut, ...] = ()  # of an adapter: what it cannot carry
+    point: Point | None = None  # of a landscape
+
+
+def inputs_of(plan: Plan) -> dict[str, Checkpoint]:
+    """All that a run reads, by what the journal and the manifest call it."""
+    found = {"base": plan.base, "aligned": plan.aligned}
+    return found if plan.point is None else found | {"finetuned": plan.point.finetuned}
 
 
 def plan(
@@ -67,7 +83,7 @@ def plan(
     """
     check_options(options)
     check_ways(resume=resume, overwrite=overwrite, repair=repair)
-    problems = _Problems()
+    problems = Problems()
     target = Path(out).absolute() if out is not None else None
     opened_base = problems.open(base, "base")
     adapter, opened_aligned = None, None
@@ -123,7 +139,7 @@ def plan(
             paths = [companion_path(opened_aligned, relative) for relative in opened_aligned.companions]
             problems.input += companion_problems(paths)
         sides = {"base": opened_base, "aligned": opened_aligned}
-        opened = {side: _input_files(one) for side, one in sides.items() if one is not None}
+        opened = {side: input_files(one) for side, one in sides.items() if one is not None}
         problems.output += linked_problems(target, opened) if not found else []
     problems.throw()
     assert opened_base is not None, "what cannot be opened is a problem"
@@ -167,7 +183,7 @@ def plan_all(
     ]
 
 
-def _input_files(checkpoint: Checkpoint) -> list[Path]:
+def input_files(checkpoint: Checkpoint) -> list[Path]:
     """All that is read of an input."""
     companions = [companion_path(checkpoint, relative) for relative in checkpoint.companions]
     return [*(shard.path for shard in (*checkpoint.shards, *files_of(checkpoint))), *companions]
@@ -330,7 +346,7 @@ def _step_summary(step: Step, options: Options) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class _Problems:
+class Problems:
     """Complete messages, kept apart by kind so that the error raised says what kind it is."""
 
     input: list[str] = field(default_factory=list)

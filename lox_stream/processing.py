@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lox_stream import fp8
+from lox_stream.blending import blended
 from lox_stream.changing import changed
 from lox_stream.copying import InMemory, Target, as_bytes, copy_bytes, copy_from, finite
 from lox_stream.costs import together
@@ -41,7 +42,8 @@ def process(tensors: Sequence[Sequence[Use]], run: Run, cards: Cards | None = No
     started = time.perf_counter()
     written: list[list[Written]] = [[] for _ in tensors]
     usual = [
-        [use for use in uses if not (rescaled(use.step) or _scales(use.step) or use.step.factors)] for uses in tensors
+        [use for use in uses if not (rescaled(use.step) or _scales(use.step) or use.step.factors or use.step.blend)]
+        for uses in tensors
     ]
     works = [_Work([sink_of(use) for use in uses]) for uses in usual if uses]
     if any(work.changing for work in works):
@@ -54,7 +56,9 @@ def process(tensors: Sequence[Sequence[Use]], run: Run, cards: Cards | None = No
         written[i] += work.written(elapsed_s)
     for i, uses in enumerate(tensors):
         for use in uses:
-            if use.step.factors is not None:
+            if use.step.blend:
+                written[i] += [blended(use, run)]
+            elif use.step.factors is not None:
                 written[i] += [changed(use, run)]
             elif rescaled(use.step):
                 weight, scales = _rescale(use, run, cards)

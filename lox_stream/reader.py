@@ -161,7 +161,7 @@ class Prefetch:
                     self._admit(read_bytes(job))
                     if self._source is not None:
                         self._source.need(job, self._is_over)
-                    other = sides.submit(self._fetch_all, [step.base for step in job if step.base])
+                    other = sides.submit(self._fetch_all, [info for step in job for info in others_of(step)])
                     self._fetch_all([step.aligned for step in job])
                     other.result()
                     self._fetched()
@@ -202,9 +202,14 @@ class Prefetch:
                 done += got
 
 
+def others_of(step: Step) -> list[TensorInfo]:
+    """What a step reads beside aligned's tensor."""
+    return [*([step.base] if step.base else []), *(info for _, info in step.blend)]
+
+
 def read_bytes(steps: Sequence[Step]) -> int:
-    """Bytes of input that steps read, of both sides."""
-    return sum(step.aligned.n_bytes + (step.base.n_bytes if step.base else 0) for step in steps)
+    """Bytes of input that steps read, of all sides."""
+    return sum(info.n_bytes for step in steps for info in (step.aligned, *others_of(step)))
 
 
 def _resident(fd: int, info: TensorInfo) -> bool:

@@ -13,7 +13,7 @@ from lox_stream.errors import ResumeError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import Replay, identity, replay
 from lox_stream.names import listing, place_name, printable, shown
-from lox_stream.planning import Plan
+from lox_stream.planning import Plan, inputs_of
 from lox_stream.shards import Shard, TensorInfo, written_bytes, written_start
 
 MAY_CHANGE = ("on_nonfinite", "error")  # to "copy": what was finished under "error" met no such number
@@ -64,7 +64,7 @@ def agreed(plan: Plan, began: Mapping[str, Any], own: Mapping[str, Any] | None =
 def changed_inputs(plan: Plan) -> tuple[str, ...]:
     """A message for each shard of the inputs that is not as it was when the run was planned."""
     changed = []
-    for shard in (*files_of(plan.base), *files_of(plan.aligned)):
+    for shard in (shard for side in inputs_of(plan).values() for shard in files_of(side)):
         try:
             now = shard.path.stat()
             same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
@@ -118,8 +118,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
         for name, value in old["versions"].items()
         if value != new["versions"].get(name)
     ]
-    for side in ("base", "aligned"):
-        before, now = old["inputs"][side], new["inputs"][side]
+    for side, now in new["inputs"].items():
+        before = old["inputs"].get(side, {})
         if sorted(before) != sorted(now):
             refused.append(f"{side} has the files {listing(sorted(now))}, the run began with {listing(sorted(before))}")
             continue

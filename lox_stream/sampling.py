@@ -104,6 +104,11 @@ def units_of(out: str | Path, base: str | Path, aligned: str | Path) -> tuple[Op
 def planned_again(folder: Path, base: str | Path, aligned: str | Path) -> Plan:
     """The plan that a finished output was made by, but for its folder; errors as for `choose_sample`."""
     said = read_manifest(folder)
+    if "point" in said:
+        raise OutputError(
+            f"{folder}: is a point of a landscape, expected an output of a run, which alone is recomputed. Check its "
+            "bytes: `lox-stream verify` without --base and --aligned"
+        )
     made = plan(base, aligned, options=options_of(folder, said["options"]))
     check_inputs(said["inputs"], made)
     return made
