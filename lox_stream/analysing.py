@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lox_stream.adapters import is_adapter
 from lox_stream.analysed import Finding
@@ -123,10 +124,10 @@ def _asked(options: Options, values: int, ranks: Sequence[int], alphas: Sequence
         problems.append(f"--rank {options.rank}: expected 1 or more: full rank has no leading directions")
     if type(values) is not int or not 1 <= values <= MOST_VALUES:
         problems.append(f"--values {shown(values)}: expected 1 to {MOST_VALUES} singular values")
-    if not all(type(rank) is int and 1 <= rank <= MOST_VALUES for rank in ranks):
-        problems.append(f"--ranks {shown(list(ranks))}: expected numbers from 1 to {MOST_VALUES}")
-    if not all(isinstance(alpha, (int, float)) and 0 < abs(alpha) <= 1e6 for alpha in alphas):
-        problems.append(f"--alphas {shown(list(alphas))}: expected numbers other than 0")
+    if not _all(ranks, lambda rank: type(rank) is int and 1 <= rank <= MOST_VALUES):
+        problems.append(f"--ranks {shown(ranks)}: expected numbers from 1 to {MOST_VALUES}")
+    if not _all(alphas, lambda alpha: isinstance(alpha, (int, float)) and 0 < abs(alpha) <= 1e6):
+        problems.append(f"--alphas {shown(alphas)}: expected numbers other than 0")
     if problems:
         raise OptionError("\n".join(problems))
     return Asked(
@@ -136,6 +137,11 @@ def _asked(options: Options, values: int, ranks: Sequence[int], alphas: Sequence
         tuple(sorted({*map(float, alphas), options.alpha})),
         reference,
     )
+
+
+def _all(values: object, is_one: Callable[[Any], bool]) -> bool:
+    """Whether it is a sequence of such values; a library is given anything."""
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(map(is_one, values))
 
 
 def _later(

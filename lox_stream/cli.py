@@ -590,6 +590,8 @@ def _analyze(
     from lox_stream.cli_analyze import Request, carry_out
     from lox_stream.cli_bench import numbers
 
+    if ladder is None and _typed(ctx, "rungs"):
+        raise OptionError("--rungs is given, expected --ladder too: they are its ranks")
     values, reference = given.pop("values"), given.pop("reference")
     flags, options, factors = _understood(ctx, given)
     if len(factors) > 1:
@@ -608,7 +610,7 @@ def _analyze(
         replace(options, alpha=factors[0]),
         values,
         numbers(ranks, "--ranks", int, 1, 256),
-        alphas_of(alphas),
+        alphas_of(alphas, "--alphas"),
         reference,
         flags["as_json"],
         flags["quiet"],

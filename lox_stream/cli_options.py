@@ -88,8 +88,8 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
         raise OptionError(f"{param.opts[0]}: {error}") from error
 
 
-def alphas_of(text: str) -> tuple[float, ...]:
-    """The factors in `0.5,1,1.25`; raises OptionError."""
+def alphas_of(text: str, name: str = "--alpha") -> tuple[float, ...]:
+    """The factors in `0.5,1,1.25`, of the option of that name; raises OptionError."""
     found: list[float] = []
     for word in text.split(","):
         try:
@@ -98,11 +98,11 @@ def alphas_of(text: str) -> tuple[float, ...]:
             value = math.nan
         if not math.isfinite(value):
             raise OptionError(
-                f"--alpha is {printable(text)}, expected a finite number, or several with commas such as 0.5,1,1.25; "
+                f"{name} is {printable(text)}, expected a finite number, or several with commas such as 0.5,1,1.25; "
                 "1.25 is the paper's"
             )
         if value in found:
-            raise OptionError(f"--alpha is {printable(text)}, which names {value:g} twice; expected each once")
+            raise OptionError(f"{name} is {printable(text)}, which names {value:g} twice; expected each once")
         found.append(value)
     return tuple(found)
 

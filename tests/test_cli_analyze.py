@@ -81,7 +81,9 @@ def test_an_analysis_is_never_replaced(pair, tmp_path):
     [
         (("--rank", "0"), "--rank 0: expected 1 or more"),
         (("--ranks", "1,x"), "--ranks 1,x: expected numbers"),
-        (("--alphas", "1,1"), "names 1 twice"),
+        (("--alphas", "1,1"), "--alphas is 1,1, which names 1 twice"),
+        (("--alphas", "nan"), "--alphas is nan, expected a finite number"),
+        (("--rungs", "1"), "--rungs is given, expected --ladder too"),
         (("--alphas", "0,1"), "expected numbers other than 0"),
         (("--alpha", "1,2"), "--alpha 1,2: expected one factor; the others go to --alphas"),
         (("--values", "1000"), "--values 1000"),
