@@ -219,7 +219,7 @@ def _preamble(record: Mapping[str, Any]) -> str:
         f"    {record['command']}",
         f"{about['cpu']} ({', '.join(about['flags'])}), {about['cores']} cores, {about['memory_gib']} GiB; "
         f"{about['system']}; Python {about['python']}, torch {about['torch']}, lox-stream {about['lox_stream']} at "
-        f"{about['commit']}. Medians, in brackets p20 to p80.",
+        f"{about['commit']}. {record.get('note', 'Medians, in brackets p20 to p80.')}",
     ]
     return "\n\n".join(lines) + "\n"
 

