@@ -684,7 +684,7 @@ def _landscape(
     Examples:
       lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked
       lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked --out landscape \\
-        --x -0.5:1.5:5 --y 0:1:3 --picture landscape.png -- python asr.py {model}
+        --x -0.5:1.5:5 --y 0:1:3 --picture landscape.png -- python3 asr.py {model}
       lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked --out half --point 0.5,1
     """
     from lox_stream.cli_landscape import Request, carry_out, point_of

@@ -54,7 +54,7 @@ def numbers(text: str, option: str, kind: type, least: float, most: float) -> tu
     except ValueError:
         values = ()
     if not values or not all(least <= value <= most for value in values):
-        raise OptionError(f"{option} {text}: expected numbers from {least:g} to {most:g} with commas between them")
+        raise OptionError(f"{option} {text}: expected numbers from {least:,} to {most:,} with commas between them")
     return values
 
 

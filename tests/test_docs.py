@@ -220,7 +220,9 @@ def test_a_command_that_is_neither_run_nor_marked_is_found():
 @pytest.mark.parametrize("page", OWN, ids=lambda page: page.name)
 def test_the_commands_for_folders_of_ones_own_run_on_others_that_stand_in(page, folder):
     """Whatever is not there is made: models by their options, outputs by a run. In the order of the page."""
-    write_pair(folder, llama_shapes(64, 96, layers=4, vocabulary=128), aligned_shards=2)
+    shapes = llama_shapes(64, 96, layers=4, vocabulary=128)
+    write_pair(folder, shapes, aligned_shards=2)
+    write_pair(folder / "other", shapes, seed=1)
     for command in OWN[page]:
         words = shlex.split(command.replace("/tmp/", ""))
         if words[0] == "python":
@@ -235,7 +237,8 @@ def test_the_commands_for_folders_of_ones_own_run_on_others_that_stand_in(page, 
 
 def stand_ins(folder: Path, words: list[str]) -> None:
     """What a command of lox-stream reads, where it is not there: a link to a model, a pipeline of them, an output."""
-    for option, side in (("--base", "base"), ("--aligned", "aligned"), ("--finetuned", "aligned")):
+    Path("asr.py").write_text("print(0.5)\n")  # a judge
+    for option, side in (("--base", "base"), ("--aligned", "aligned"), ("--finetuned", "other/aligned")):
         if option not in words or (path := Path(words[words.index(option) + 1])).exists():
             continue
         if not any(word.startswith("vae/") for word in words):
@@ -246,8 +249,9 @@ def stand_ins(folder: Path, words: list[str]) -> None:
             shutil.copytree(folder / side, path / component)
         index = {"_class_name": "Pipeline"} | {component: ["diffusers", "Model"] for component in components}
         (path / "model_index.json").write_text(json.dumps(index))
-    if words[1] in ("verify", "report") and not Path(words[2]).exists():
-        extrapolate("base", "aligned", words[2])
+    at = words.index("--lox") + 1 if "--lox" in words else 2 if words[1] in ("verify", "report") else None
+    if at is not None and not Path(words[at]).exists():
+        extrapolate("base", "aligned", words[at])
 
 
 def test_the_recipe_of_the_docs_hits_what_it_names(folder):
