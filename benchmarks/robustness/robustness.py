@@ -204,7 +204,9 @@ class Experiment:
         options = [word for side, folder in sides.items() for word in (f"--{side}", folder)]
         command = [sys.executable, "-m", "lox_stream", "landscape", *options, *grid, "--", *ask]
         subprocess.run([*map(str, command)], check=True)
-        replace(self.results / "landscape.json", (self.work / "landscape" / "landscape.json").read_text())
+        said = json.loads((self.work / "landscape" / "landscape.json").read_text())
+        kept = {name: said[name] for name in ("axes", "x", "y", "points")}
+        replace(self.results / "landscape.json", json.dumps({**kept, "machine": machine()}, indent=1) + "\n")
         draw_landscape(self.results / "landscape.svg", self.results / "landscape.json")
 
 
