@@ -18,9 +18,9 @@ from typing import IO, Any
 
 from lox_stream import files
 from lox_stream.errors import Cancelled, JudgeError, OptionError
-from lox_stream.grids import number_text, place_text
-from lox_stream.landscape_file import verdict_problem
-from lox_stream.names import printable, shown
+from lox_stream.grids import Place, number_text, place_text
+from lox_stream.landscape_file import Landscape, verdict_problem
+from lox_stream.names import listing, printable, shown
 from lox_stream.shards import parse_json
 
 MODEL, PLACES = "{model}", re.compile(r"\{(?:model|x|y)\}")
@@ -136,6 +136,17 @@ def verdict_of(line: str) -> dict[str, Any]:
     if not math.isfinite(said):
         raise ValueError("expected a finite number")
     return {VALUE: said}
+
+
+def require_verdict(verdict: object, known: Landscape, place: Place) -> None:
+    """Raise JudgeError for what is no verdict, or has not the names that the earlier ones have."""
+    at = f"the judge at {place_text(place)} said {shown(verdict)}"
+    if problem := verdict_problem(verdict):
+        raise JudgeError(f"{at}, {problem}")
+    assert isinstance(verdict, Mapping), "a verdict"
+    expected = sorted(known.points[0].verdict) if known.points else sorted(verdict)
+    if sorted(verdict) != expected:
+        raise JudgeError(f"{at}, expected {listing(expected)} in it, as at the points before. Give each the same names")
 
 
 def _last_line(file: IO[bytes]) -> str:

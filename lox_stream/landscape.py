@@ -16,23 +16,19 @@ from pathlib import Path
 from lox_stream import files, points
 from lox_stream.api import Summary, execute
 from lox_stream.axes import measure
-from lox_stream.errors import DataError, InUseError, JudgeError, OutputError
+from lox_stream.errors import DataError, InUseError
 from lox_stream.grids import Place, place_text, require_place, require_places
 from lox_stream.hub import local
-from lox_stream.judging import Judge
+from lox_stream.judging import Judge, require_verdict
 from lox_stream.landscape_file import (
     DOCUMENT,
-    TABLE,
     Axes,
     Judged,
     Landscape,
-    read_landscape,
-    require_same,
-    verdict_problem,
     write_landscape,
 )
 from lox_stream.manifest import input_of
-from lox_stream.names import listing, printable, shown
+from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_platform
 from lox_stream.output_rules import JOURNAL, is_finished
 from lox_stream.planning import DEFAULTS, Plan
@@ -103,9 +99,9 @@ def explore(
 ) -> Landscape:
     """Write, judge and remove the model at each point; what was said goes to landscape.json and .csv in `out`.
 
-    `judge(folder, x, y)` returns a dictionary with a number at least, at each point with the same keys. `judged_by` is what it is called: a landscape
-    goes on, or grows, with the same one alone. Points that `out` holds are not made again. `told` is called for each
-    new one.
+    `judge(folder, x, y)` returns a dictionary with a number at least, and with the same keys at each point. `judged_by`
+    is what it is called: a landscape goes on, or grows, with the same one alone. Points that `out` holds are not made
+    again. `told` is called for each new one.
 
     Raises LoxError of some kind, and what `judge` raises; what was judged before is kept then, and so is the point's
     checkpoint.
@@ -121,7 +117,7 @@ def explore(
     if not (folder / DOCUMENT).exists():  # what is wrong with the place is said before the work
         work.plan(asked.grid[0], 0.0, points.folder_of(folder, asked.grid[0]))
     with _held(folder):
-        before = _before(folder, asked)
+        before = points.before_in(folder, asked)
         kept = points.kept_points(folder, {*asked.grid, *before.grid}, inputs)  # all, before anything is removed
         work.track.begin(1 + len(asked.grid), 0 if before is asked else 1 + len(before.points))
         known = replace(before, xs=asked.xs, ys=asked.ys)
@@ -131,7 +127,7 @@ def explore(
             write_landscape(folder, known)
         for place in _to_do(known, kept):
             known = work.with_point(known, place, points.folder_of(folder, place), judge)
-            _require_there(folder, place)
+            points.require_there(folder, place)
             write_landscape(folder, known)
             points.remove(points.folder_of(folder, place))
             if told is not None:
@@ -194,20 +190,9 @@ class _Work:
             written = time.monotonic()
             self.track.say(f"{place_text(place)}: the judge")
             verdict = judge(folder, *place)
-        _require_verdict(verdict, known, place)
+        require_verdict(verdict, known, place)
         one = Judged(*place, dict(verdict), written - started, time.monotonic() - written)
         return replace(known, points=(*known.points, one), warnings=warnings)
-
-
-def _require_verdict(verdict: object, known: Landscape, place: Place) -> None:
-    """Raise JudgeError for what is no verdict, or has not the names that the earlier ones have."""
-    at = f"the judge at {place_text(place)} said {shown(verdict)}"
-    if problem := verdict_problem(verdict):
-        raise JudgeError(f"{at}, {problem}")
-    assert isinstance(verdict, Mapping), "a verdict"
-    expected = sorted(known.points[0].verdict) if known.points else sorted(verdict)
-    if sorted(verdict) != expected:
-        raise JudgeError(f"{at}, expected {listing(expected)} in it, as at the points before. Give each the same names")
 
 
 def _opened(aligned: str | Path, lox: str | Path, finetuned: str | Path) -> Models:
@@ -232,28 +217,6 @@ def _held(folder: Path) -> Iterator[None]:
         files.close(fd)
 
 
-def _before(folder: Path, asked: Landscape) -> Landscape:
-    """What the folder holds of this landscape; `asked` itself where it holds nothing."""
-    before = read_landscape(folder)
-    if before is not None:
-        require_same(before, asked)
-        return before
-    held = [path.name for path in folder.iterdir() if not _is_of_a_crash(path)]
-    if held:
-        raise OutputError(
-            f"{printable(folder)}: holds {listing(sorted(held))} and no landscape.json, expected a new or empty "
-            "folder. Choose another --out"
-        )
-    return asked
-
-
-def _is_of_a_crash(path: Path) -> bool:
-    """What is written before there is a landscape.json, and holds no point: a table of one line."""
-    if path.name == TABLE:
-        return path.is_file() and path.read_bytes().count(b"\n") <= 1
-    return path in map(files.partial, (path.with_name(DOCUMENT), path.with_name(TABLE)))
-
-
 def _to_do(known: Landscape, kept: Mapping[Place, Path]) -> list[Place]:
     """The places that are not judged; first one whose checkpoint is there already, so that there is never another.
 
@@ -264,12 +227,3 @@ def _to_do(known: Landscape, kept: Mapping[Place, Path]) -> list[Place]:
         if place in done or place not in wanted:
             points.remove(path)
     return sorted((place for place in known.grid if place not in done), key=lambda at: at not in kept)
-
-
-def _require_there(folder: Path, place: Place) -> None:
-    """Raise JudgeError where the judge took the landscape away."""
-    if not (folder / DOCUMENT).exists():
-        raise JudgeError(
-            f"{printable(folder)}: landscape.json is gone after the judge at {place_text(place)}, expected a judge that "
-            "leaves it: what was judged before is lost with it. Mend the judge, and choose another --out"
-        )

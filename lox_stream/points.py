@@ -1,4 +1,4 @@
-"""The folders of a landscape's points: whose they are, whether what they hold is whole, and their end."""
+"""What a landscape's folder holds, and the folders of its points in it: whose they are, whether what they hold is whole, and their end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lox_stream import files
-from lox_stream.errors import Cancelled, InUseError, LoxError, OutputError
+from lox_stream.errors import Cancelled, InUseError, JudgeError, LoxError, OutputError
 from lox_stream.grids import Place, number_text, place_text
 from lox_stream.journal import replay
-from lox_stream.landscape_file import DOCUMENT
+from lox_stream.landscape_file import DOCUMENT, TABLE, Landscape, read_landscape, require_same
 from lox_stream.manifest import read_manifest
-from lox_stream.names import printable
+from lox_stream.names import listing, printable
 from lox_stream.output_rules import JOURNAL, MANIFEST
 from lox_stream.verifying import verify_checksums
 
@@ -25,6 +25,28 @@ MARKS = (JOURNAL, MANIFEST)
 def folder_of(folder: Path, place: Place) -> Path:
     """Where a point's checkpoint lies while it is judged."""
     return folder / f"x{number_text(place[0])}_y{number_text(place[1])}"
+
+
+def before_in(folder: Path, asked: Landscape) -> Landscape:
+    """What the folder holds of this landscape; `asked` itself where it holds nothing."""
+    before = read_landscape(folder)
+    if before is not None:
+        require_same(before, asked)
+        return before
+    held = [path.name for path in folder.iterdir() if not _is_of_a_crash(path)]
+    if held:
+        raise OutputError(
+            f"{printable(folder)}: holds {listing(sorted(held))} and no landscape.json, expected a new or empty "
+            "folder. Choose another --out"
+        )
+    return asked
+
+
+def _is_of_a_crash(path: Path) -> bool:
+    """What is written before there is a landscape.json, and holds no point: a table of one line."""
+    if path.name == TABLE:
+        return path.is_file() and path.read_bytes().count(b"\n") <= 1
+    return path in map(files.partial, (path.with_name(DOCUMENT), path.with_name(TABLE)))
 
 
 def kept_points(folder: Path, places: Iterable[Place], inputs: Mapping[str, Any]) -> dict[Place, Path]:
@@ -112,3 +134,12 @@ def require_outside(out: Path) -> None:
                 f"{printable(out)}: {printable(parent)} is the folder of a landscape, expected one outside: what lies "
                 "there is judged and removed. Choose another --out"
             )
+
+
+def require_there(folder: Path, place: Place) -> None:
+    """Raise JudgeError where the judge took the landscape away."""
+    if not (folder / DOCUMENT).exists():
+        raise JudgeError(
+            f"{printable(folder)}: landscape.json is gone after the judge at {place_text(place)}, expected a judge "
+            "that leaves it: what was judged before is lost with it. Mend the judge, and choose another --out"
+        )

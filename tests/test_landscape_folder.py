@@ -25,6 +25,10 @@ from lox_stream.landscape import explore, write_point
 from lox_stream.landscape_file import read_landscape
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+VERDICTS = [
+    *(0.5, None, [("v", 1)], {"v": object()}, {"v": 1, "w": object()}, {"v": float("nan")}, {"v": 10**400}),
+    *({"v": 1, "w": [float("inf")]}, {1: 2}, {"=v": 1}, {"\x1b[2J": 1}, {"": 1}, {"x": 1, "v": 1}),
+]
 SIDES = ("aligned", "lox", "attacked")
 
 
@@ -214,11 +218,7 @@ def test_what_is_no_list_of_places_is_an_option_error(models, tmp_path, xs):
         explore(*models, tmp_path / "out", xs, (0,), judged)
 
 
-@pytest.mark.parametrize(
-    "verdict",
-    [0.5, None, {"v": object()}, {"v": 1, "w": object()}, {"v": float("nan")}, {"v": 1, "w": [float("inf")]}]
-    + [{"v": 10**400}, {1: 2}, {"=v": 1}, {"\x1b[2J": 1}, {"": 1}, {"x": 1, "v": 1}, [("v", 1)]],
-)
+@pytest.mark.parametrize("verdict", VERDICTS)
 def test_what_is_no_verdict_is_a_judge_error(models, tmp_path, verdict):
     with pytest.raises(JudgeError, match=r"the judge at x 0, y 0 said .*, expected "):
         explore(*models, tmp_path / "out", (0,), (0,), lambda folder, x, y: verdict)
@@ -247,6 +247,7 @@ def test_texts_in_the_table_are_no_formulas(models, tmp_path):
 def test_weights_that_changed_are_not_told_as_another_path(tmp_path):
     made = make(tmp_path)
     explore(*made, tmp_path / "out", (0,), (0,), judged)
+    shutil.rmtree(made[2])
     write(made[2], {NAME: torch.ones(64, 64).bfloat16()})
     with pytest.raises(OutputError, match=r"finetuned: the weights of .*attacked have changed"):
         explore(*made, tmp_path / "out", (0, 1), (0,), judged)
