@@ -1,4 +1,4 @@
-"""What a landscape's folder holds, and the folders of its points in it: whose they are, whether what they hold is whole, and their end."""
+"""What a landscape's folder holds, and the folders of its points: whose they are, whether they are whole, their end."""
 
 from __future__ import annotations
 
