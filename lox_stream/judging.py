@@ -52,15 +52,12 @@ def judge_by(words: Sequence[str], cancel: threading.Event) -> Judge:
         at = f"the judge at {place_text((x, y))}"
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             code = _run(command, out, err, cancel, at, folder)
-            line, problem = _last_line(out), f"{_ended(code)}, expected 0" if code else ""
             try:
-                verdict = {} if problem else verdict_of(line)
+                if code:
+                    raise ValueError(f"{_ended(code)}, expected 0")
+                return verdict_of(_last_line(out))
             except ValueError as error:
-                cut = f" (of which {TAIL_BYTES} bytes are read)" if len(line) >= TAIL_BYTES // 4 else ""
-                problem = f"said {shown(line)} on its last line{cut}, {error}"
-            if problem:
-                raise JudgeError(f"{at}: {problem}. {_told(err)}")
-        return verdict
+                raise JudgeError(f"{at}: {error}. {_told(err)}") from None
 
     return judge
 
@@ -132,9 +129,10 @@ def verdict_of(line: str) -> dict[str, Any]:
             why = verdict_problem(said)
         if not why:
             return dict(said)
-        raise ValueError(f"expected a number, or a JSON object with one and no x or y in it: {why}") from None
+        expected = "expected a number, or a JSON object with one and no x or y in it"
+        raise ValueError(f"said {shown(line)} on its last line, {expected}: {why}") from None
     if not math.isfinite(said):
-        raise ValueError("expected a finite number")
+        raise ValueError(f"said {shown(line)} on its last line, expected a finite number")
     return {VALUE: said}
 
 
@@ -150,8 +148,10 @@ def require_verdict(verdict: object, known: Landscape, place: Place) -> None:
 
 
 def _last_line(file: IO[bytes]) -> str:
-    """The last that is not empty."""
+    """The last that is not empty; raises ValueError where it is too long to be read."""
     lines = _tail(file).strip().splitlines()
+    if len(lines) == 1 and file.seek(0, os.SEEK_END) > TAIL_BYTES:
+        raise ValueError(f"its last line is too long, expected one of {TAIL_BYTES} bytes at most")
     return lines[-1].strip() if lines else ""
 
 

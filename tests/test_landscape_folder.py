@@ -283,7 +283,7 @@ def test_a_program_that_may_not_be_executed_is_told_as_that(tmp_path):
 
 def test_a_line_that_is_too_long_is_told_as_that(tmp_path):
     script = f"print('[' + '1,' * {TAIL_BYTES} + '1]')"
-    with pytest.raises(JudgeError, match=rf"of which {TAIL_BYTES} bytes are read"):
+    with pytest.raises(JudgeError, match=rf"last line is too long, expected one of {TAIL_BYTES} bytes"):
         judge_by((sys.executable, "-c", script, "{model}"), threading.Event())(tmp_path, 0.0, 0.0)
 
 
