@@ -164,8 +164,10 @@ def test_a_model_that_changes_meanwhile_stops_it_before_the_next_point(tmp_path)
         os.utime(weights, ns=(1, 1))
         return {"n": 1}
 
+    seen = []
     with pytest.raises(DataError, match=r"attacked/model.safetensors: was modified since the work began"):
-        explore(*made, tmp_path / "out", (0, 1), (0,), judge)
+        explore(*made, tmp_path / "out", (0, 1), (0,), judge, progress=lambda at: seen.append(at.working[0][:3]))
+    assert set(seen) == {"mea", "x 0"}  # the next one is not begun
     assert [one.place for one in read_landscape(tmp_path / "out").points] == [(0, 0)]
     assert names(tmp_path / "out") == ["landscape.csv", "landscape.json"]
 
