@@ -20,11 +20,12 @@ MARKERS = "ox^sD*vP"
 OURS = "lox-stream"
 
 
-def check_picture(path: Path) -> None:
-    """Raise OptionError now for a picture that could not be written later."""
+def check_picture(path: Path, made: Path | None = None) -> None:
+    """Raise OptionError now for a picture that could not be written later; the folder `made` will be there by then."""
     if path.suffix not in SUFFIXES:
         raise OptionError(f"--picture {path}: expected a name that ends in .png or .svg")
-    check_file(path, "--picture")
+    if made is None or made.exists() or path.absolute().parent != made.absolute():
+        check_file(path, "--picture")
     need("matplotlib", "--picture")
 
 

@@ -643,17 +643,15 @@ def _analyze(
     option(
         METHOD,
         "--x",
-        default="-0.5:1.5:5",
         metavar="FROM:TO:N",
-        show_default=True,
+        show_default="-0.5:1.5:5",
         help="Places along LoX's direction, or numbers with commas: aligned is at 0, LoX's output at 1.",
     ),
     option(
         METHOD,
         "--y",
-        default="-0.5:1.5:5",
         metavar="FROM:TO:N",
-        show_default=True,
+        show_default="-0.5:1.5:5",
         help="Places across it: aligned and LoX's output are at 0, the fine-tuned model at 1.",
     ),
     option(METHOD, "--point", metavar="X,Y", help="Write just the model that lies there, to --out."),
@@ -667,8 +665,8 @@ def _landscape(
     finetuned: Path,
     out: Path | None,
     pictures: tuple[Path, ...],
-    x: str,
-    y: str,
+    x: str | None,
+    y: str | None,
     point: str | None,
     judge: tuple[str, ...],
     **given: Any,
@@ -687,12 +685,14 @@ def _landscape(
         --x -0.5:1.5:5 --y 0:1:3 --picture landscape.png -- python3 asr.py {model}
       lox-stream landscape --aligned llama-instruct --lox llama-lox --finetuned llama-attacked --out half --point 0.5,1
     """
-    from lox_stream.cli_landscape import Request, carry_out, point_of
-    from lox_stream.landscape_file import places_of
+    from lox_stream.cli_landscape import Request, carry_out
+    from lox_stream.grids import place_of, places_of
 
     request = Request(
-        *(aligned, lox, finetuned, out, places_of(x, "--x"), places_of(y, "--y")),
-        None if point is None else point_of(point),
+        *(aligned, lox, finetuned, out),
+        None if x is None else places_of(x, "--x"),
+        None if y is None else places_of(y, "--y"),
+        None if point is None else place_of(point),
         judge,
         pictures,
         Options(memory_bytes=given["memory"], threads=given["threads"]),

@@ -12,6 +12,7 @@ import click
 
 from lox_stream.charts import check_picture
 from lox_stream.errors import Cancelled, LoxError, OptionError, reworded
+from lox_stream.grids import Place, number_text
 from lox_stream.hub import local
 from lox_stream.judging import judge_by
 from lox_stream.landscape_file import (
@@ -19,10 +20,7 @@ from lox_stream.landscape_file import (
     Axes,
     Judged,
     Landscape,
-    Place,
     document_for,
-    number_text,
-    places_of,
     values_of,
 )
 from lox_stream.messages import echo_json, escaped, warn
@@ -36,6 +34,8 @@ from lox_stream.signals import Interruption
 if TYPE_CHECKING:
     from lox_stream.api import Summary
 
+
+GRID = (-0.5, 0.0, 0.5, 1.0, 1.5)  # on both axes
 
 OF_RUN = {  # what is said of options that this command has not
     "Go on with an unfinished run by --resume, replace an earlier output by --overwrite, or c": "C",
@@ -53,8 +53,8 @@ class Request:
     lox: Path
     finetuned: Path
     out: Path | None
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
+    xs: tuple[float, ...] | None  # as it was given, and GRID without
+    ys: tuple[float, ...] | None
     point: Place | None
     judge: tuple[str, ...]
     pictures: tuple[Path, ...]
@@ -67,7 +67,7 @@ def carry_out(request: Request) -> int:
     """Measure, write, judge, show, and return the exit code; raises LoxError."""
     _require_sense(request)
     for path in request.pictures:
-        check_picture(path)
+        check_picture(path, request.out)
     with Interruption(lambda: _stopped(request)) as interruption:
         try:
             _carried_out(request, interruption)
@@ -102,6 +102,8 @@ def _require_sense(request: Request) -> None:
         raise OptionError(
             "there is no judge, expected a command behind --, with {model} in it, or one point: --point X,Y"
         )
+    if not request.judge and (request.xs is not None or request.ys is not None):
+        raise OptionError("--x and --y are given without a judge, of whose points they would be. Leave them out")
     if request.pictures and not request.judge:
         raise OptionError("--picture is given without a judge, of whose numbers it would be. Leave it out")
 
@@ -114,6 +116,8 @@ def _carried_out(request: Request, interruption: Interruption) -> None:
         local(request.lox, shown=loud),
         local(request.finetuned, shown=loud),
     )
+    for picture in request.pictures:
+        _require_apart(picture, models)
     from lox_stream.landscape import explore, measure_axes, write_point
 
     with _working(request, interruption) as going:
@@ -123,7 +127,7 @@ def _carried_out(request: Request, interruption: Interruption) -> None:
             summary, axes = write_point(*models, request.out, request.point, **going)
         elif judge is not None:
             told = _say if loud else None
-            grid = (request.xs, request.ys)
+            grid = (request.xs or GRID, request.ys or GRID)
             found = explore(*models, request.out, *grid, judge, judged_by=request.judge, told=told, **going)
     if request.out is None:
         _show_axes(request, axes)
@@ -138,6 +142,16 @@ def _working(request: Request, interruption: Interruption) -> Iterator[dict[str,
     """What is the same for all work."""
     with display(console_of(stderr=True), "landscape", quiet=request.quiet) as show, interruption.gently():
         yield {"options": request.options, "progress": show, "cancel": interruption.cancel}
+
+
+def _require_apart(picture: Path, models: tuple[Path, ...]) -> None:
+    """Raise OptionError for a picture in the folder of an input."""
+    for path in models:
+        if path.is_dir() and picture.resolve().is_relative_to(path.resolve()):
+            raise OptionError(
+                f"--picture {printable(picture)}: lies inside {printable(path)}, expected a place apart: inputs are "
+                "never touched"
+            )
 
 
 def _stopped(request: Request) -> str:
@@ -206,16 +220,3 @@ def _axes_table(axes: Axes) -> Any:
             ("aligned, lox, finetuned lie at", f"(0, 0), (1, 0), ({axes.c:.6g}, 1)"),
         ],
     )
-
-
-def point_of(text: str) -> Place:
-    """`X,Y` as two numbers; raises OptionError.
-
-    >>> point_of("0.5,-1")
-    (0.5, -1.0)
-    """
-    words = text.split(",")
-    if len(words) != 2 or ":" in text:
-        raise OptionError(f"--point is {printable(text)}, expected X,Y such as 0.5,1")
-    ((x,), (y,)) = (places_of(word, "--point") for word in words)
-    return x, y

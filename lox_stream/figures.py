@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lox_stream.analysed import Finding, grouped, retained
 from lox_stream.charts import MARKERS
-from lox_stream.landscape_file import Landscape, Place, values_of
+from lox_stream.grids import Place
+from lox_stream.landscape_file import Landscape, values_of
 from lox_stream.names import printable
 
 if TYPE_CHECKING:

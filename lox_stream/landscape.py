@@ -7,37 +7,32 @@ written, judged and removed before the next one is made.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lox_stream import files
+from lox_stream import files, points
 from lox_stream.api import Summary, execute
 from lox_stream.axes import measure
-from lox_stream.errors import InUseError, JudgeError, OutputError
+from lox_stream.errors import DataError, InUseError
+from lox_stream.grids import Place, place_text, require_place, require_places
 from lox_stream.hub import local
-from lox_stream.judging import Judge
+from lox_stream.judging import Judge, require_verdict
 from lox_stream.landscape_file import (
     DOCUMENT,
     Axes,
     Judged,
     Landscape,
-    Place,
-    is_number,
-    number_text,
-    read_landscape,
-    require_places,
-    require_same,
     write_landscape,
 )
 from lox_stream.manifest import input_of
-from lox_stream.names import listing, printable, shown
+from lox_stream.names import listing, printable
 from lox_stream.options import Options, check_options, check_platform
 from lox_stream.output_rules import JOURNAL, is_finished
 from lox_stream.planning import DEFAULTS, Plan
+from lox_stream.resuming import changed_files
 from lox_stream.staging import Show, Track
 from lox_stream.triples import Models, open_models, plan_point
 
@@ -77,13 +72,14 @@ def write_point(
 
     write_point("aligned", "lox", "attacked", "halfway", (0.5, 0.5))
     """
-    ((x,), (y,)) = (require_places([number], axis) for number, axis in zip(place, "xy", strict=True))
-    work, folder = _Work(_opened(aligned, lox, finetuned), options, progress, cancel), Path(out).absolute()
-    work.plan((x, y), 0.0, folder)  # what is wrong with the folder is said before the work
+    place, folder = require_place(place), Path(out).absolute()
+    work = _Work(_opened(aligned, lox, finetuned), options, progress, cancel)
+    points.require_outside(folder)  # what is wrong with the folder is said before the work
+    work.plan(place, 0.0, folder)
     work.track.begin(2)
     axes = work.measured()
-    with work.track.stage(_named((x, y))) as show:
-        return work.write((x, y), axes, folder, show), axes
+    with work.track.stage(place_text(place)) as show:
+        return work.write(place, axes, folder, show), axes
 
 
 def explore(
@@ -103,9 +99,9 @@ def explore(
 ) -> Landscape:
     """Write, judge and remove the model at each point; what was said goes to landscape.json and .csv in `out`.
 
-    `judge(folder, x, y)` returns a dictionary with a number at least. `judged_by` is what it is called: a landscape
-    goes on, or grows, with the same one alone. Points that `out` holds are not made again. `told` is called for each
-    new one.
+    `judge(folder, x, y)` returns a dictionary with a number at least, and with the same keys at each point. `judged_by`
+    is what it is called: a landscape goes on, or grows, with the same one alone. Points that `out` holds are not made
+    again. `told` is called for each new one.
 
     Raises LoxError of some kind, and what `judge` raises; what was judged before is kept then, and so is the point's
     checkpoint.
@@ -114,25 +110,26 @@ def explore(
 
         explore("aligned", "lox", "attacked", "landscape", (0, 1), (0, 1), lambda folder, x, y: {"asr": 0.5})
     """
-    work, folder = _Work(_opened(aligned, lox, finetuned), options, progress, cancel), Path(out).absolute()
-    asked = Landscape(
-        {side: input_of(checkpoint) for side, checkpoint in work.models.sides.items()},
-        tuple(judged_by),
-        require_places(xs, "x"),
-        require_places(ys, "y"),
-    )
+    grid, folder = (require_places(xs, "x"), require_places(ys, "y")), Path(out).absolute()
+    work = _Work(_opened(aligned, lox, finetuned), options, progress, cancel)
+    inputs = {side: input_of(checkpoint) for side, checkpoint in work.models.sides.items()}
+    asked = Landscape(inputs, tuple(judged_by), *grid)
     if not (folder / DOCUMENT).exists():  # what is wrong with the place is said before the work
-        work.plan(asked.grid[0], 0.0, _folder_of(folder, asked.grid[0]))
+        work.plan(asked.grid[0], 0.0, points.folder_of(folder, asked.grid[0]))
     with _held(folder):
-        known = _known(folder, asked)
-        work.track.begin(1 + len(asked.grid), 0 if known is None else 1 + len(known.points))
-        if known is None:
-            known = replace(asked, axes=work.measured())
+        before = points.before_in(folder, asked)
+        kept = points.kept_points(folder, {*asked.grid, *before.grid}, inputs)  # all, before anything is removed
+        work.track.begin(1 + len(asked.grid), 0 if before is asked else 1 + len(before.points))
+        known = replace(before, xs=asked.xs, ys=asked.ys)
+        if before is asked:
+            known = replace(known, axes=work.measured())
+        if before is asked or known != before:
             write_landscape(folder, known)
-        for place in _to_do(folder, known):
-            known = work.with_point(known, place, _folder_of(folder, place), judge)
+        for place in _to_do(known, kept):
+            known = work.with_point(known, place, points.folder_of(folder, place), judge)
+            points.require_there(folder, place)
             write_landscape(folder, known)
-            _remove(_folder_of(folder, place))
+            points.remove(points.folder_of(folder, place))
             if told is not None:
                 told(known.points[-1])
     return known
@@ -154,39 +151,53 @@ class _Work:
 
     def measured(self) -> Axes:
         with self.track.stage("measuring") as show:
-            return measure(self.models, self.options, progress=show, cancel=self.cancel)
+            axes = measure(self.models, self.options, progress=show, cancel=self.cancel)
+        self.require_unchanged()
+        return axes
 
     def write(self, place: Place, axes: Axes, folder: Path, show: Show) -> Summary:
         resume = (folder / JOURNAL).exists()
         return execute(self.plan(place, axes.c, folder), resume=resume, progress=show, cancel=self.cancel)
 
+    def require_unchanged(self) -> None:
+        """Raise DataError where a model is not any more what was opened: axes and points would be of several."""
+        if changed := changed_files(self.models.sides.values()):
+            raise DataError(
+                f"{listing(map(str, changed))}: was modified since the work began, expected models that stay as they "
+                "are. Put it back and run the same command again, or choose another --out"
+            )
+
+    def ready(self, known: Landscape, place: Place, folder: Path, show: Show) -> tuple[str, ...]:
+        """See that a point's model is there, whole and of these inputs; the warnings of making it."""
+        self.require_unchanged()
+        if is_finished(folder):
+            if points.is_whole(folder, self.cancel):
+                return ()
+            points.remove(folder)
+        warnings = self.write(place, known.axes, folder, show).warnings
+        try:
+            self.require_unchanged()
+        except DataError:
+            points.remove(folder)  # nobody knows of which bytes it was made
+            raise
+        return warnings
+
     def with_point(self, known: Landscape, place: Place, folder: Path, judge: Judge) -> Landscape:
         """The landscape with one point more, whose checkpoint is left there."""
-        warnings, started = known.warnings, time.monotonic()
-        with self.track.stage(_named(place)) as show:
-            if not is_finished(folder):
-                warnings = tuple(dict.fromkeys((*warnings, *self.write(place, known.axes, folder, show).warnings)))
+        started = time.monotonic()
+        with self.track.stage(place_text(place)) as show:
+            warnings = tuple(dict.fromkeys((*known.warnings, *self.ready(known, place, folder, show))))
             written = time.monotonic()
-            self.track.say(f"{_named(place)}: the judge")
+            self.track.say(f"{place_text(place)}: the judge")
             verdict = judge(folder, *place)
-        if not any(map(is_number, verdict.values())):
-            raise JudgeError(f"the judge at {_named(place)} said {shown(verdict)}, expected a number in it")
-        one = Judged(*place, verdict, written - started, time.monotonic() - written)
+        require_verdict(verdict, known, place)
+        one = Judged(*place, dict(verdict), written - started, time.monotonic() - written)
         return replace(known, points=(*known.points, one), warnings=warnings)
 
 
 def _opened(aligned: str | Path, lox: str | Path, finetuned: str | Path) -> Models:
     check_platform()
     return open_models(local(aligned), local(lox), local(finetuned))
-
-
-def _named(place: Place) -> str:
-    return f"x {number_text(place[0])}, y {number_text(place[1])}"
-
-
-def _folder_of(folder: Path, place: Place) -> Path:
-    """Where a point's checkpoint lies while it is judged."""
-    return folder / f"x{number_text(place[0])}_y{number_text(place[1])}"
 
 
 @contextlib.contextmanager
@@ -206,33 +217,13 @@ def _held(folder: Path) -> Iterator[None]:
         files.close(fd)
 
 
-def _known(folder: Path, asked: Landscape) -> Landscape | None:
-    """What the folder holds of this landscape, on the grid that is asked for."""
-    before = read_landscape(folder)
-    if before is not None:
-        require_same(before, asked)
-        return replace(before, xs=asked.xs, ys=asked.ys)
-    held = [path.name for path in folder.iterdir() if not path.name.startswith(("landscape.csv", "landscape.json"))]
-    if held:
-        raise OutputError(
-            f"{printable(folder)}: holds {listing(sorted(held))} and no landscape.json, expected a new or empty "
-            "folder. Choose another --out"
-        )
-    return None
+def _to_do(known: Landscape, kept: Mapping[Place, Path]) -> list[Place]:
+    """The places that are not judged; first one whose checkpoint is there already, so that there is never another.
 
-
-def _to_do(folder: Path, known: Landscape) -> list[Place]:
-    """The places that are not judged; first one whose checkpoint is there already, so that there is never another."""
-    done = {one.place for one in known.points}
-    for place in done:
-        _remove(_folder_of(folder, place))  # of a session that was killed before it came to that
-    return sorted(
-        (place for place in known.grid if place not in done), key=lambda at: not _folder_of(folder, at).exists()
-    )
-
-
-def _remove(folder: Path) -> None:
-    """A point's checkpoint, with whatever the judge left in it."""
-    if folder.exists():
-        with files.explained(folder, "remove it", "What was judged is kept: remove it, and run the same command again"):
-            shutil.rmtree(folder)
+    Removes those that were judged when a session was killed, or that the grid has not any more.
+    """
+    done, wanted = {one.place for one in known.points}, {*known.grid}
+    for place, path in kept.items():
+        if place in done or place not in wanted:
+            points.remove(path)
+    return sorted((place for place in known.grid if place not in done), key=lambda at: at not in kept)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lox_stream import __version__
 from lox_stream.errors import OptionError, OutputError, ResumeError
 from lox_stream.files import explained, replace_file, sync_folder
+from lox_stream.grids import Place, is_number, number_text, require_places
 from lox_stream.journal import finite
 from lox_stream.names import listing, printable, shown
 from lox_stream.shards import is_regular, parse_json
 
 DOCUMENT, TABLE = "landscape.json", "landscape.csv"
 FORMAT = 1
-MOST = 1000  # places on an axis
-
-Place = tuple[float, float]  # x, y
+WORD = re.compile(r"\w")  # how what a judge names begins: no spreadsheet takes it for a formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,44 +68,6 @@ class Landscape:
         return [(x, y) for y in self.ys for x in self.xs]
 
 
-def places_of(text: str, option: str) -> tuple[float, ...]:
-    """`FROM:TO:COUNT`, at even distances, or numbers with commas; raises OptionError.
-
-    >>> places_of("-0.5:1.5:5", "--x"), places_of("0,1,0.3", "--x")
-    ((-0.5, 0.0, 0.5, 1.0, 1.5), (0.0, 0.3, 1.0))
-    """
-    try:
-        if ":" in text:
-            first, last, count = text.split(":")
-            start, end, n = Fraction(first), Fraction(last), int(count)
-            if not 2 <= n <= MOST or start == end:
-                raise ValueError
-            found = [float(start + (end - start) * i / (n - 1)) for i in range(n)]  # exact, and rounded once
-        else:
-            found = [float(Fraction(word)) for word in text.split(",")]
-    except (ValueError, ZeroDivisionError, OverflowError):
-        found = []
-    if not found or len({*found}) < len(found) or len(found) > MOST:
-        raise OptionError(
-            f"{option} is {printable(text)}, expected FROM:TO:COUNT such as -0.5:1.5:5, or numbers with commas, each "
-            f"once and at most {MOST}"
-        )
-    return tuple(sorted(found))
-
-
-def require_places(numbers: Sequence[float], of: str) -> tuple[float, ...]:
-    """Places on an axis as floats, in order; raises OptionError for what is no number, or named twice."""
-    found = tuple(sorted(float(number) + 0.0 for number in numbers))  # of which -0 is 0
-    if not found or len({*found}) < len(found) or not all(map(math.isfinite, found)):
-        raise OptionError(f"{of} is {shown(list(numbers))}, expected finite numbers, each once")
-    return found
-
-
-def number_text(number: float) -> str:
-    """The shortest text that is this number: `0.3`, `-1`."""
-    return repr(number).removesuffix(".0")
-
-
 def read_landscape(folder: Path) -> Landscape | None:
     """What a folder holds of a landscape; None where there is none. Raises OutputError for what is no such document."""
     path = folder / DOCUMENT
@@ -120,40 +80,86 @@ def read_landscape(folder: Path) -> Landscape | None:
             said, _ = parse_json(path.read_bytes())
         if said["format"] != FORMAT:
             raise ValueError(f"format {shown(said['format'])}, expected {FORMAT}")
-        return Landscape(
-            {side: dict(one) for side, one in said["inputs"].items()},
-            tuple(map(str, said["judge"])),
-            tuple(map(float, said["x"])),
-            tuple(map(float, said["y"])),
-            Axes(**{name: float(value) for name, value in said["axes"].items()}),
-            tuple(map(_judged, said["points"])),
-            tuple(map(str, said["warnings"])),
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return _checked(said)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, OptionError) as error:
         raise OutputError(
             f"{printable(path)}: is no landscape of this version, or damaged ({printable(str(error))}). Restore it, or "
             "choose another --out"
         ) from error
 
 
+def _checked(said: Mapping[str, Any]) -> Landscape:
+    """The landscape that JSON says; raises one of many errors for another thing."""
+    found = Landscape(
+        {side: dict(one) for side, one in said["inputs"].items()},
+        tuple(said["judge"]),
+        require_places(said["x"], "x"),
+        require_places(said["y"], "y"),
+        Axes(**said["axes"]),
+        tuple(map(_judged, said["points"])),
+        tuple(said["warnings"]),
+    )
+    if not all(map(is_number, asdict(found.axes).values())):
+        raise ValueError("axes that are no finite numbers")
+    if not all(isinstance(word, str) for word in (*found.judge, *found.warnings)):
+        raise ValueError("a judge or warnings that are no texts")
+    places = [one.place for one in found.points]
+    if len({*places}) < len(places) or not {*places} <= {*found.grid}:
+        raise ValueError("points that are twice there, or not on the grid")
+    return found
+
+
 def _judged(row: Mapping[str, Any]) -> Judged:
-    x, y, written_s, judged_s = (float(row[key]) for key in ("x", "y", "written_s", "judged_s"))
+    numbers = [row[key] for key in ("x", "y", "written_s", "judged_s")]
+    if not all(map(is_number, numbers)):
+        raise ValueError(f"a point at {shown(numbers)}")
+    if problem := verdict_problem(row["verdict"]):
+        raise ValueError(f"the verdict {shown(row['verdict'])}, {problem}")
+    x, y, written_s, judged_s = map(float, numbers)
     return Judged(x, y, dict(row["verdict"]), written_s, judged_s)
 
 
+def verdict_problem(said: Any) -> str:
+    """Why this is not what a judge may say, as JSON has it; nothing where it is.
+
+    >>> verdict_problem({"asr": 0.5, "of": "advbench"}), verdict_problem({"of": "advbench"})
+    ('', 'expected a number in it')
+    """
+    if not isinstance(said, Mapping):
+        return "expected an object with a number in it"
+    odd = [key for key in said if not (isinstance(key, str) and WORD.match(key) and key.isprintable())]
+    if odd:
+        return f"expected keys that begin with a letter or a digit and have no control characters, found {shown(odd)}"
+    if {"x", "y"} & said.keys():
+        return "expected no x or y in it"
+    numbers = [value for value in said.values() if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not all(map(is_number, numbers)):
+        return "expected a finite number, and no other, in it"
+    if not numbers:
+        return "expected a number in it"
+    try:
+        json.dumps(said, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"expected what JSON can hold ({printable(str(error))})"
+    return ""
+
+
 def require_same(before: Landscape, asked: Landscape) -> None:
-    """Raise ResumeError for other models or another judge than a folder's, or a grid that lacks some of its places."""
+    """Raise ResumeError for other models or another judge than a folder's, or a grid that lacks what was judged."""
     problems = []
     for side, one in asked.inputs.items():
         was = before.inputs.get(side, {})
-        if was.get("shards") != one["shards"]:
-            problems.append(f"{side} is {printable(one['path'])}, it began with {printable(str(was.get('path')))}")
+        path, began = printable(one["path"]), printable(str(was.get("path")))
+        if was.get("shards") != one["shards"] and path == began:
+            problems.append(f"{side}: the weights of {path} have changed, expected the files that it began with")
+        elif was.get("shards") != one["shards"]:
+            problems.append(f"{side} is {path}, it began with {began}")
     if asked.judge != before.judge:
         problems.append(f"the judge is {shown(list(asked.judge))}, it began with {shown(list(before.judge))}")
     wanted = {*asked.grid}
-    off = [f"({number_text(x)}, {number_text(y)})" for x, y in before.grid if (x, y) not in wanted]
+    off = [f"({number_text(one.x)}, {number_text(one.y)})" for one in before.points if one.place not in wanted]
     if off:
-        problems.append(f"the grid lacks {listing(off)}, expected all that it began with: it may only grow")
+        problems.append(f"the grid lacks {listing(off)}, expected all that was judged: only other places may go")
     if problems:
         way_out = "Give what it began with, or choose another --out"
         raise ResumeError("\n".join(["--out holds another landscape:", *problems, way_out]))
@@ -161,7 +167,7 @@ def require_same(before: Landscape, asked: Landscape) -> None:
 
 def write_landscape(folder: Path, landscape: Landscape) -> None:
     """Replace both files, durably; the table first, for the document is what counts."""
-    with explained(folder, "write what the judge said", "What is judged is kept: the same command goes on"):
+    with explained(folder, "write what the judge said", "Where landscape.json is there, the same command goes on"):
         replace_file(folder / TABLE, table_text(landscape).encode("utf-8", "surrogateescape"))
         replace_file(folder / DOCUMENT, (json.dumps(document_for(landscape), indent=1) + "\n").encode())
         sync_folder(folder)
@@ -197,7 +203,8 @@ def table_text(landscape: Landscape) -> str:
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, dict | list | bool) else value
+    is_plain = not isinstance(value, str) or (value.isprintable() and not value.startswith(("=", "+", "-", "@")))
+    return value if is_plain and not isinstance(value, dict | list | bool) else json.dumps(value)
 
 
 def values_of(points: Sequence[Judged]) -> dict[str, dict[Place, float]]:
@@ -212,8 +219,3 @@ def values_of(points: Sequence[Judged]) -> dict[str, dict[Place, float]]:
             if is_number(value):
                 found.setdefault(name, {})[one.place] = float(value)
     return found
-
-
-def is_number(value: Any) -> bool:
-    """Whether JSON holds a number there."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

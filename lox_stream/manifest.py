@@ -23,6 +23,7 @@ from lox_stream.checkpoint import Checkpoint, Shard, files_of, whence
 from lox_stream.errors import OutputError
 from lox_stream.facts import MatrixFacts, TensorFacts
 from lox_stream.journal import finite, sample_hash, version
+from lox_stream.landscape_file import DOCUMENT as LANDSCAPE
 from lox_stream.names import printable
 from lox_stream.options import to_json
 from lox_stream.output_rules import MANIFEST
@@ -233,6 +234,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
+        if (folder / LANDSCAPE).exists():
+            raise OutputError(
+                f"{printable(folder)}: is a landscape, expected a finished output. Its points were judged and removed; "
+                "write one by `lox-stream landscape --point X,Y`"
+            )
         raise OutputError(
             f"{path}: no such file: {folder} is not a finished output of lox-stream. Check the path, or finish its "
             "run: --resume, or `lox-stream finish` for parts"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lox_stream import files
-from lox_stream.checkpoint import files_of
+from lox_stream.checkpoint import Checkpoint, files_of
 from lox_stream.errors import ResumeError
 from lox_stream.facts import TensorFacts
 from lox_stream.journal import Replay, identity, replay
@@ -63,17 +63,24 @@ def agreed(plan: Plan, began: Mapping[str, Any], own: Mapping[str, Any] | None =
 
 def changed_inputs(plan: Plan) -> tuple[str, ...]:
     """A message for each shard of the inputs that is not as it was when the run was planned."""
+    return tuple(
+        f"{printable(path)}: was modified while the run read it. Run again with --overwrite to be sure"
+        for path in changed_files(inputs_of(plan).values())
+    )
+
+
+def changed_files(checkpoints: Iterable[Checkpoint]) -> list[Path]:
+    """The shards that are not as they were when the checkpoints were opened, by size and time."""
     changed = []
-    for shard in (shard for side in inputs_of(plan).values() for shard in files_of(side)):
+    for shard in (shard for checkpoint in checkpoints for shard in files_of(checkpoint)):
         try:
             now = shard.path.stat()
             same = (now.st_mtime_ns, now.st_size) == (shard.mtime_ns, shard.size_bytes)
         except OSError:
             same = False
         if not same:
-            path = printable(shard.path)
-            changed.append(f"{path}: was modified while the run read it. Run again with --overwrite to be sure")
-    return tuple(changed)
+            changed.append(shard.path)
+    return changed
 
 
 def written_file(folder: Path, shard: Shard, finished: Mapping[str, TensorFacts]) -> Path | None:

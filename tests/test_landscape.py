@@ -24,14 +24,16 @@ from lox_stream.blending import blend_of
 from lox_stream.cli import commands
 from lox_stream.delta import OutOfRange
 from lox_stream.errors import InUseError, JudgeError
+from lox_stream.grids import places_of
 from lox_stream.judging import judge_by, verdict_of
 from lox_stream.landscape import explore, measure_axes, write_point
-from lox_stream.landscape_file import places_of, read_landscape
+from lox_stream.landscape_file import read_landscape
 from lox_stream.pairing import WRAPPERS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MATRICES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight")
 NORM, COUNT = "model.norm.weight", "model.steps"
+PLAIN_ONLY = ("1/3", "1_0", "\u0663", "0:1:1_0", "1e-9999999")
 TOKENIZER = '{"version": "1.0"}'
 
 
@@ -291,12 +293,12 @@ def test_a_point_whose_model_is_there_is_judged_first_and_one_that_was_judged_is
         if order == [(0, 0)] and x == 1:
             raise JudgeError("not now")
         order.append((x, y))
+        shutil.copytree(folder, tmp_path / "copy")
         return {"n": 1}
 
     with pytest.raises(JudgeError):
         explore(*models, out, (0, 1), (0,), judge)
-    (out / "x0_y0").mkdir()  # killed before it was removed
-    (out / "x0_y0" / "model.safetensors").write_text("")
+    shutil.copytree(tmp_path / "copy", out / "x0_y0")  # killed before it was removed
     explore(*models, out, (0, 0.5, 1), (0,), lambda folder, x, y: order.append((x, y)) or {"n": 1})
     assert order == [(0, 0), (1, 0), (0.5, 0)]
     assert not (out / "x0_y0").exists()
@@ -311,7 +313,7 @@ def test_a_point_whose_model_is_there_is_judged_first_and_one_that_was_judged_is
         ("print('nan')", r"said 'nan' on its last line, expected a finite number"),
         ('print(\'{"of": "advbench"}\')', r"expected a number, or a JSON object with one"),
         ("print('{\"x\": 1}')", r"no x or y in it"),
-        ("import os; os.kill(os.getpid(), 9)", r"ended with -9, expected 0"),
+        ("import os; os.kill(os.getpid(), 9)", r"was killed by signal 9, expected 0"),
     ],
 )
 def test_a_judge_that_fails_stops_it_with_its_last_words_and_nothing_is_lost(models, tmp_path, script, said):
@@ -373,8 +375,20 @@ def is_gone(number):
 
 def test_verdicts_are_numbers_or_objects_with_one():
     assert verdict_of("7") == {"value": 7.0}
-    assert verdict_of('{"asr": 0.5, "nan": NaN}') == {"asr": 0.5, "nan": None}
-    for line in ("true", "[1]", '{"ok": true}', '{"asr": NaN}', '{"y": 1, "asr": 1}', "[" * 100000):
+    for line in (
+        '{"asr": 0.5, "nan": NaN}',
+        '{"asr": 1' + 400 * "0" + "}",
+        '{"asr": 1, "b": [1e999]}',
+        '{"=asr": 1}',
+        '{"a\\u001b": 1}',
+        '{"": 1}',
+        "true",
+        "[1]",
+        '{"ok": true}',
+        '{"asr": NaN}',
+        '{"y": 1, "asr": 1}',
+        "[" * 100000,
+    ):
         with pytest.raises(ValueError, match="expected a number"):
             verdict_of(line)
 
@@ -387,7 +401,7 @@ def test_places_are_the_nearest_numbers_to_what_was_asked(text, places):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0:1", "0:1:1", "0:1:x", "1:1:3", "0,0", "nan", "0:1:100000", "1/0", "1e999"]
+    "text", ["", "a", "0:1", "0:1:1", "0:1:x", "1:1:3", "0,0", "nan", "0:1:100000", "1/0", "1e999", *PLAIN_ONLY]
 )
 def test_what_is_no_axis_is_refused(text):
     with pytest.raises(OptionError, match=r"--y is .*expected FROM:TO:COUNT"):
@@ -493,7 +507,7 @@ def test_another_landscape_in_the_folder_is_refused_and_a_grid_may_grow(models, 
     for three, grid, judge, said in (
         (models, ((0, 1), (0,)), ("b",), r"the judge is \['b'\], it began with \['a'\]"),
         (others, ((0, 1), (0,)), ("a",), r"finetuned is .*others/attacked, it began with "),
-        (models, ((0, 2), (0,)), ("a",), r"the grid lacks \(1, 0\), expected all that it began with"),
+        (models, ((0, 2), (0,)), ("a",), r"the grid lacks \(1, 0\), expected all that was judged"),
     ):
         with pytest.raises(ResumeError, match=said):
             explore(*three, out, *grid, judged, judged_by=judge)
