@@ -10,6 +10,7 @@ WHEEL := build/wheel
 HUB := pair_on_the_hub or gated or cut_connection or offline or pushed or breaks or network# with an older huggingface_hub
 OFFLINE = $(shell unshare -rn true 2>/dev/null && echo unshare -rn)# a shell without any network, on Linux
 BENCH ?=
+JOBS ?= 2
 FUZZ ?=
 TORTURE ?=
 
@@ -21,8 +22,8 @@ help: ## list the targets
 demo: $(VENV)/ready ## make a small pair of checkpoints, extrapolate it, show what came out
 	@$(BIN)/lox-stream demo
 
-test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network
-	$(BIN)/pytest
+test: $(VENV)/ready-dev ## the tests: seconds each, no GPU, no network; JOBS=N of them at a time
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 compat: .venv-compat/ready ## models of 63 architectures, and adapters of PEFT, saved by their libraries, extrapolated and loaded again
 	.venv-compat/bin/pytest -m compat tests/test_architectures.py tests/test_peft.py tests/test_adapter_in_peft.py tests/test_fp8_formats.py
