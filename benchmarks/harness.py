@@ -197,12 +197,17 @@ def record_of(benchmark: str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 def save(file: Path, record: Mapping[str, Any], tables: Sequence[Table]) -> None:
     """The tables as Markdown, the record beside them as .json; a run that is killed leaves the earlier ones whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     markdown = "\n".join((_preamble(record), *(table.markdown() for table in tables)))
     for path, text in ((file, markdown), (file.with_suffix(".json"), json.dumps(record, indent=2) + "\n")):
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(text)
-        fresh.replace(path)
+        replace(path, text)
+
+
+def replace(file: Path, text: str) -> None:
+    """Write the whole of a file or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(file)
 
 
 def command() -> str:

