@@ -40,10 +40,11 @@ def part_of(m: int, n: int, *, turned: bool) -> int:
 def fits_loads(length: int) -> bool:
     """Whether what lies `length` elements after a load of 16 bytes is loaded so: Triton knows it of multiples of 16.
 
-    Where the columns are others, the weights are loaded element by element, and all the addresses and masks take
-    registers. A tile is half as wide there: at the whole width sm_80 spilled up to 876 bytes a thread, and with twice
-    the warps one block fitted a processor, not two. Where they, or the rows by which y's columns may lie apart, are
-    others, the assembler may use all registers: it spilled up to 44 bytes for one more block.
+    Where the columns of the weights are others, they are loaded element by element, and all the addresses and masks
+    take registers; where those of x are, its masks do. A tile is half as wide there: at the whole width sm_80 spilled
+    up to 876 bytes a thread, and 24 for x, and with twice the warps one block fitted a processor, not two. There, and
+    where the rows by which y's columns may lie apart are others, the assembler may use all registers: it spilled up to
+    52 bytes for one more block.
     """
     return length % 16 == 0
 
@@ -77,7 +78,8 @@ def launch_of(
     check_float32(x, m if turned else n, w1.device)
     block_l = power_of_two_over(lanes, DOT_LANES)
     block_m, block_n, warps = tiles[block_l]
-    if max(w1.element_size(), w0.element_size()) > 2 or not fits_loads(n):
+    fits = fits_loads(n) and fits_loads(lanes)
+    if max(w1.element_size(), w0.element_size()) > 2 or not fits:
         block_n //= 2  # of 32 bits a row of a tile has as many bytes then
     (outer, block_outer), (inner, block_inner) = (
         ((n, block_n), (m, block_m)) if turned else ((m, block_m), (n, block_n))
@@ -107,7 +109,7 @@ def launch_of(
     }
     constants = {"SQUARES": squares, "PRECISION": precision}
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
-    most = None if fits_loads(n) and (not turned or fits_loads(whole or m)) else REGISTERS
+    most = None if fits and (not turned or fits_loads(whole or m)) else REGISTERS
     launch = Launch(kernel, (bands, splits), arguments, constants | blocks, warps, num_stages=3, most_registers=most)
     return launch, parts, sums
 
