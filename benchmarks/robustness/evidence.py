@@ -121,24 +121,51 @@ def cost_table(group: str, records: Sequence[Record]) -> Table:
 
 def comparison_table(group: str, records: Sequence[Record]) -> Table | None:
     """Each arm against aligned after the same attacks: the difference, and McNemar's P of each seed."""
-    by_arm: dict[str, dict[int, Record]] = {}
-    for record in records:
-        by_arm.setdefault(label_of(record), {})[seed_of(record)] = record
-    reference = by_arm.pop(ARMS["aligned"].label, {})
     rows = []
-    for label, by_seed in by_arm.items():
-        seeds = sorted(by_seed.keys() & reference.keys())
+    for arm in dict.fromkeys(record["arm_name"] for record in records):
         for judge, judge_name in JUDGES.items():
-            if seeds:
-                one = [verdicts(by_seed[seed], judge) for seed in seeds]
-                other = [verdicts(reference[seed], judge) for seed in seeds]
-                mean, low, high = difference(one, other)
+            one, other = both(records, arm, judge)
+            if one and arm != "aligned":
                 chances = ", ".join(f"{mcnemar(a, b):.2g}" for a, b in zip(one, other, strict=True))
-                rows.append((label, judge_name, f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", chances))
+                rows.append((ARMS[arm].label, judge_name, points(one, other), chances))
     if not rows:
         return None
     heads = ("arm against aligned", "judge", "points", "McNemar's P, one a seed")
     return Table(f"{group}: differences", heads, tuple(rows), ("Less than 0: the arm answers fewer harmful requests.",))
+
+
+def both(records: Sequence[Record], arm: str, judge: str) -> tuple[list[list[bool]], list[list[bool]]]:
+    """Verdicts on an arm and on aligned, one list for each seed that both have."""
+    by_seed: dict[str, dict[int, Record]] = {arm: {}, "aligned": {}}
+    for record in records:
+        if record["arm_name"] in by_seed:
+            by_seed[record["arm_name"]][seed_of(record)] = record
+    seeds = sorted(by_seed[arm].keys() & by_seed["aligned"].keys())
+    one, other = ([verdicts(by_seed[name][seed], judge) for seed in seeds] for name in (arm, "aligned"))
+    return one, other
+
+
+def points(one: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]]) -> str:
+    """The difference of two shares, one list for each seed."""
+    mean, low, high = difference(one, other)
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def attacks_table(groups: Mapping[str, Sequence[Record]]) -> Table | None:
+    """Every attack in short: what aligned and LoX answer after it, the seeds together."""
+    rows = []
+    for records in groups.values():
+        attack, alignment = records[0]["attack"], records[0]["alignment"]
+        for judge, judge_name in JUDGES.items() if attack else ():
+            lox, aligned = both(records, "lox", judge)
+            if lox:
+                shares = (f"{sum(map(sum, one)) / sum(map(len, one)):.0%}" for one in (aligned, lox))
+                steps = str(alignment["steps"] or "given")
+                rows.append((steps, attack["kind"], str(len(lox)), judge_name, *shares, points(lox, aligned)))
+    if len(rows) <= len(JUDGES):
+        return None
+    heads = ("steps of alignment", "attack", "seeds", "judge", "aligned", ARMS["lox"].label, "points")
+    return Table("Every attack in short", heads, tuple(rows))
 
 
 def write_evidence(folder: Path) -> None:
@@ -151,6 +178,8 @@ def write_evidence(folder: Path) -> None:
             compared = comparison_table(group, records)
             tables += [compared] if compared else []
         tables.append(cost_table(group, records))
+    in_short = attacks_table(groups)
+    tables += [in_short] if in_short else []
     save(folder / "evidence.md", record_of_all(groups), tables)
     draw(folder / "attacks.svg", groups)
 
