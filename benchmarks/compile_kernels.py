@@ -1,6 +1,6 @@
 """Compile the GPU kernels where there is no GPU, and show what each takes of a processor: registers, spills, memory.
 
-    python benchmarks/compile_kernels.py                          all cases for sm_80, sm_90 and sm_100: four minutes
+    python benchmarks/compile_kernels.py                          all cases for sm_80, sm_90 and sm_100: some minutes
     python benchmarks/compile_kernels.py --target 90 --only 'delta*'
 
 What is compiled is what would be launched: the same description of a launch (kernels/gpu/launching.py), for weights
@@ -48,6 +48,8 @@ ODD = 8  # rows or columns more: no multiple of 16, so Triton does not know wher
 SMOKE = [
     "delta*bf16, 16 columns, squares",
     "delta_matmul bf16, 16 columns, squares, *",
+    "delta_matmul bf16, 40 columns, squares",
+    "delta_rmatmul fp32, 24 columns, squares, x in rows",
     "lowrank_update bf16, rank 6, nearest",
     "partial_sums",
 ]
