@@ -21,6 +21,7 @@ from lox_stream.samples import Sample, norm_of
 from lox_stream.svd import TruncatedSVD, transposed, truncated_svds
 
 OUT_SLOT, KEPT_SLOT = 3, 4  # of a thread's scratch memory; the kernels have those before
+VECTOR = 16  # float32 numbers that a core loads at once, at most
 RELATIVE_CAP = 5e-4  # relative error of the rank-k part that 16-bit outputs may have, however coarse their grid: an
 # element where W1 is near zero has a fine grid of its own, and six deviations of this are within one step of it
 WIDE_TOLERANCE = 1e-5  # relative error of the rank-k part, for float32 and float64 outputs
@@ -102,12 +103,15 @@ def _rooms(matrices: Sequence[Matrix]) -> Sequence[Tensor | None]:
     """Where small differences are kept: this thread's own memory, used again for the next ones.
 
     Fresh memory of some megabytes, in turn with small pieces that last, left holes that no other tensor fitted: a run
-    of 160 layers of small matrices held 500 MiB at its end, of 80 layers 400; now 340 in both.
+    of 160 layers of small matrices held 500 MiB at its end, of 80 layers 400; now 340 in both. Each begins at a whole
+    vector: the last bits of a product depend on that, and must not on the matrices beside it.
     """
     shape = matrices[0].w1.shape
     if not kept(*shape):
         return [None] * len(matrices)
-    return list(scratch(KEPT_SLOT, torch.Size((len(matrices), *shape)), torch.float32))
+    length = -(-shape.numel() // VECTOR) * VECTOR
+    memory = scratch(KEPT_SLOT, torch.Size((len(matrices), length)), torch.float32)
+    return [one[: shape.numel()].view(shape) for one in memory]
 
 
 def solve_matrices(matrices: Sequence[Matrix], run: Run) -> list[Outcomes | Solved]:

@@ -210,7 +210,7 @@ def test_an_operator_multiplies_by_the_difference_and_knows_its_norm(kind, shape
     assert op.squared_norm() == pytest.approx(float(delta.square().sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(96, 80), (224, 208), (208, 224), (1100, 1000)])
+@pytest.mark.parametrize("shape", [(96, 80), (51, 333), (7, 13), (224, 208), (208, 224), (1100, 1000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_matrices_have_the_bits_that_they_have_alone(shape, dtype):
     """Beside others, one that is identical in both models, and one with a NaN, which does not hurt them."""
