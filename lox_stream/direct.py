@@ -12,6 +12,7 @@ from lox_stream.convergence import UNITS
 from lox_stream.svd import TruncatedSVD, transposed
 
 NO_GAP = 1e-12  # (s_k - s_(k+1)) / s_k that float64 cannot tell from zero
+GRAM_BAND = 64  # rows of a Gram matrix that are computed at a time
 
 
 def exact_svd(a: Tensor, rank: int) -> TruncatedSVD:
@@ -19,8 +20,7 @@ def exact_svd(a: Tensor, rank: int) -> TruncatedSVD:
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     after = float(s[rank]) if len(s) > rank else 0.0
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    kept = s > 0
-    return _found(a, u[:, kept], s[kept], vh[kept], after, float(a.square().sum()))
+    return _found(a, u, s, vh, 0.0, after, float(a.square().sum()))
 
 
 def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
@@ -32,30 +32,44 @@ def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
     """
     if a.shape[0] > a.shape[1]:
         return transposed(gram_svd(a.T, rank))
-    gram = a @ a.T
+    gram = _lower_gram(a)
     squares, vectors = torch.linalg.eigh(gram)
     u = torch.linalg.qr(vectors[:, -rank:].flip(1).double())[0]
     left, s, vh = torch.linalg.svd((u.T.to(a.dtype) @ a).double(), full_matrices=False)
     after = math.sqrt(max(float(squares[-rank - 1]), 0.0)) if len(squares) > rank else 0.0
-    kept = s > DEFLATION * s[0]
-    return _found(a, (u @ left)[:, kept], s[kept], vh[kept], after, float(gram.diagonal().double().sum()))
+    return _found(a, u @ left, s, vh, DEFLATION, after, float(gram.diagonal().double().sum()))
 
 
-def _found(a: Tensor, u: Tensor, s: Tensor, vh: Tensor, after: float, squared_norm: float) -> TruncatedSVD:
-    """Of factors with A'u = s v up to rounding; `after` is s_(k+1), or an estimate of it."""
-    if not len(s):
-        return TruncatedSVD(u, s, vh, 0.0, (), squared_norm, 1.0, 0.0, 0, converged=True, unique=True)
-    across = torch.linalg.vector_norm((a @ vh.T.to(a.dtype)).double() - u * s, dim=0)
-    radius = across + UNITS * torch.finfo(a.dtype).eps * s[0]
-    last, left = float(s[-1]), float(torch.linalg.vector_norm(radius))
+def _lower_gram(a: Tensor) -> Tensor:
+    """The Gram matrix of the rows of `a` (m, n), as `eigh` reads it: without what lies above the diagonal."""
+    gram = a.new_zeros(len(a), len(a))
+    for top in range(0, len(a), GRAM_BAND):
+        band = slice(top, top + GRAM_BAND)
+        gram[band, : band.stop] = a[band] @ a[: band.stop].T
+    return gram
+
+
+def _found(a: Tensor, u: Tensor, s: Tensor, vh: Tensor, least: float, after: float, squares: float) -> TruncatedSVD:
+    """Of factors with A'u = s v up to rounding: the triplets over `least` of the first.
+
+    `after` is s_(k+1), or an estimate of it, and `squares` |A|_F^2.
+    """
+    values = s.tolist()
+    values = [value for value in values if value > least * values[0]]
+    u, s, vh = u[:, : len(values)], s[: len(values)], vh[: len(values)]
+    if not values:
+        return TruncatedSVD(u, s, vh, 0.0, (), squares, 1.0, 0.0, 0, converged=True, unique=True)
+    across = torch.linalg.vector_norm((vh.to(a.dtype) @ a.T).double() - (u * s).T, dim=1)
+    radius = (across + UNITS * torch.finfo(a.dtype).eps * values[0]).tolist()
+    last, left = values[-1], math.hypot(*radius)
     gap = (last - after) / last
     return TruncatedSVD(
         u=u,
         s=s,
         vh=vh,
-        residual=float(radius.max() / s[0]),
-        radius=tuple(radius.tolist()),
-        squared_norm=squared_norm,
+        residual=max(radius) / values[0],
+        radius=tuple(radius),
+        squared_norm=squares,
         gap=gap,
         error=left / max(gap, NO_GAP),
         passes=0,
