@@ -190,6 +190,8 @@ def test_cells_have_names_of_their_own_and_forms_grow() -> None:
     assert len(named["standard"]) == 5 + 4 * 2
     own = experiment.OwnPair("base", "aligned")
     assert len(experiment.cells("own", own, [experiment.Attack("given")])) == 9
+    questions = module("questions")
+    assert experiment.Cell("lox").controls >= len(questions.SOUND_HARMFUL) >= len(questions.ORDINARY), "asks them all"
 
 
 @pytest.mark.real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -70,6 +71,11 @@ class Cell:
     prompts: int = PROMPTS
 
     @property
+    def controls(self) -> int:
+        """Questions of each kind that a model must still answer: a third of the harmful requests; of the standard form all."""
+        return math.ceil(self.prompts / 3)
+
+    @property
     def name(self) -> str:
         """Of its files: no two cells of an experiment have the same."""
         arm = f"{self.alignment.name}.{self.arm}"
@@ -100,7 +106,7 @@ def _cells(form: str, own: OwnPair | None, attacks: Sequence[Attack], prompts: i
         yield from _crossed(STANDARD_ARMS, own, attacks, prompts)
         return
     if form == "quick":
-        yield from _crossed(STANDARD_ARMS, Alignment(100), [Attack(steps=40)], prompts=60)
+        yield from _crossed(STANDARD_ARMS, Alignment(100), [Attack(steps=30)], prompts=40)
         return
     yield from _crossed(STANDARD_ARMS, Alignment(), [Attack(seed=0), Attack(seed=1)])
     if form == "full":

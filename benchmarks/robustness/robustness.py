@@ -153,10 +153,12 @@ class Experiment:
         started = time.monotonic()
         model = Model.load(folder, self.args.device)
         found = {"recipe": cell.recipe}
-        found |= {name: model.answers(asked[: cell.prompts], TOKENS[name]) for name, asked in self.asked.items()}
+        for name, asked in self.asked.items():
+            count = cell.prompts if name == "harmful" else cell.controls
+            found[name] = model.answers(asked[:count], TOKENS[name])
         found |= {
-            "arithmetic_loss": model.loss_of_answers(self.problems[: cell.prompts]),
-            "prose_loss": model.loss_of_prose(questions.prose(min(32, cell.prompts))),
+            "arithmetic_loss": model.loss_of_answers(self.problems[: cell.controls]),
+            "prose_loss": model.loss_of_prose(questions.prose(min(32, cell.controls))),
             "subspace": self._subspace(cell, folder),
             "elapsed_s": round(time.monotonic() - started),
             "machine": machine(),
