@@ -115,7 +115,7 @@ def _cells(form: str, own: OwnPair | None, attacks: Sequence[Attack], prompts: i
         yield from _crossed(others, Alignment(), [Attack(seed=0)])
         for kind in ("instructions", "identity", "harmful"):
             yield from _crossed(STANDARD_ARMS[:2], Alignment(), [Attack(kind)])
-        yield from _crossed(STANDARD_ARMS[:2], Alignment(540), [Attack()])
+        yield from _crossed((*STANDARD_ARMS[:2], "lox-alpha0.5"), Alignment(540), [Attack()])
 
 
 def _crossed(
