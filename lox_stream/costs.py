@@ -52,8 +52,8 @@ def basis_columns(m: int, n: int, rank: int) -> int:
 def by_gram(m: int, n: int) -> bool:
     """Whether all eigenvectors of the Gram matrix of the short side cost less than an iteration.
 
-    Measured on an AMD EPYC (Zen 4), two threads, as a run solves them: the times cross between 192 and 256 rows, on
-    power laws nearer to the first, on spikes over noise nearer to the second.
+    Measured on an AMD EPYC (Zen 4), two threads, as a run solves them: the times cross between 192 and 224 rows on
+    power laws, and at some 320 on spikes over noise.
 
     >>> by_gram(4096, 64), by_gram(576, 576)
     (True, False)

@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def controls(self) -> int:
-        """Questions of each kind that a model must still answer: a third of the harmful requests; of the standard form all."""
+        """Questions of each other kind that are asked: a third as many; in the standard form that is all."""
         return math.ceil(self.prompts / 3)
 
     @property
