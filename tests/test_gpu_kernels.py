@@ -452,8 +452,8 @@ def test_a_right_kernel_is_not_caught():
 @pytest.mark.parametrize("file", dict.fromkeys(file for file, *_ in MUTATIONS))
 def test_wrong_kernels_are_caught(file):
     mutants = [mutant for mutant in MUTATIONS if mutant[0] == file]
-    found = {wrong: verdict for (_, _, wrong, _), verdict in zip(mutants, verdicts(mutants), strict=True)}
-    assert {*found.values()} <= {"broken", "crashed"}, found
+    found = zip(mutants, verdicts(mutants), strict=True)
+    assert [(mutant, verdict) for mutant, verdict in found if verdict not in ("broken", "crashed")] == []
 
 
 def judge(mutants: Sequence[Mutant]) -> None:
