@@ -9,8 +9,8 @@ Alone, a small matrix of ours takes one core while torch's solvers take all (ben
 and what counts is how long all take. So every solver has the same here: jobs on as many threads as cores, torch and the
 other packages at one thread in each. A job is a matrix; ours takes as many as `costs.together` says. Every solver is at
 the cheapest value of its knob that has the share asked for, on average over the first matrices, which are judged by
-LAPACK in float64. What ours solves by the Gram matrix (`costs.by_gram`) is called so, and stands beside the
-same in float64.
+LAPACK in float64. What ours solves by the Gram matrix (`costs.by_gram`) is called so, and stands beside the same in
+float64.
 """
 
 from __future__ import annotations

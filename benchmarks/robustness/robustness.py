@@ -244,7 +244,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--steps", type=int, help="of the attack on your own pair (default: 100; two passes with --gpu)"
     )
     parser.add_argument("--seeds", type=int, default=2, help="of that attack (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="asked of your own pair (default: %(default)s)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=PROMPTS,
+        help="harmful requests to your own pair, and a third as many of each other kind (default: %(default)s)",
+    )
     parser.add_argument("--rate", type=float, default=RATE, help="of that attack (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="conversations in a step of it (default: 8; 40 with --gpu)")
     parser.add_argument(
