@@ -9,6 +9,7 @@ from lox_stream.bases import DEFLATION, EPS
 
 UNITS = 4  # of rounding that a product may be off by
 ROUNDING = UNITS * EPS  # what float32 products leave in a triplet, as a share of s_1
+RATE_KEPT = 0.6  # at most, of a rate from before the space began anew: a slow one may be over
 NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
 
 Enough = Callable[[float, float], bool]  # enough(predicted |E|_F, |rank-k part|_F)
@@ -21,6 +22,10 @@ class Watch:
         self.rank = rank
         self.norm = 0.0  # running estimate of |A|_2, from below
         self.steps: list[float] = []  # |B - earlier B|_F, a look apart
+        self.rate = 1.0  # by which a step is shorter than the one before it
+        self._rate_seen = 1.0  # by the last steps alone
+        self._rate_before = 0.0  # the space began anew
+        self._spans_two = False  # blocks, the next step
         self.s: list[float] = []
         self.radius: list[float] = []
         self.next = self.next_radius = 0.0  # of s_(k+1)
@@ -34,6 +39,13 @@ class Watch:
         """`step` is |B - earlier B|_F^2, `trace` |A P|_F^2, `shares` the newest images' part of each s u."""
         values = [value for value in s if value > 0]
         self.steps.append(math.sqrt(max(step, 0.0)))
+        if self._spans_two:
+            self._rate_seen = self._rate_before
+            self.steps[-1] *= self._rate_before / math.hypot(1.0, self._rate_before)
+        else:
+            self._rate_seen = self._rate_of_steps()
+        self.rate = max(self._rate_seen, self._rate_before)
+        self._spans_two = False
         self.norm = values[0] if values else 0.0
         self.missed = math.sqrt(max(squared_norm - trace, 0.0) + ROUNDING * squared_norm)  # of either sum
         radius = [
@@ -47,6 +59,15 @@ class Watch:
     def _rounding(self, value: float) -> float:
         """What float32, and the directions that were dropped, leave in the residual of a value."""
         return math.sqrt(max(self.blocks, 1)) * self.noise * (ROUNDING + DEFLATION * self.norm / value) * self.norm
+
+    def begin_anew(self) -> None:
+        """The space begins anew, and is not looked at after its first block, which brings half of what others do.
+
+        So the next step spans two, and what the second has of it is known by the rate that there was, the steps being
+        about orthogonal. That rate is one to reckon with from here on: the last steps before the next beginning get
+        shorter faster than those that come.
+        """
+        self._rate_before, self._spans_two = min(self._rate_seen, RATE_KEPT), True
 
     def exhaust(self) -> None:
         """The space is invariant: the last look saw the matrix itself, up to rounding."""
@@ -77,9 +98,7 @@ class Watch:
         """
         return math.hypot(self._to_come, self._floor)
 
-    @property
-    def _rate(self) -> float:
-        """By which a step is shorter than the one before it."""
+    def _rate_of_steps(self) -> float:
         d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
         return min(max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else 1.0, 0.999)
 
@@ -88,8 +107,8 @@ class Watch:
         """What further products would change."""
         if self.exhausted or not self.steps or self.steps[-1] == 0.0:
             return 0.0
-        to_come = self.steps[-1] * self._rate / math.sqrt(1 - self._rate)
-        return to_come * math.sqrt(self._rate) if self.halved else to_come
+        to_come = self.steps[-1] * self.rate / math.sqrt(1 - self.rate)
+        return to_come * math.sqrt(self.rate) if self.halved else to_come
 
     @property
     def _floor(self) -> float:
@@ -121,12 +140,12 @@ class Watch:
 
     def half_way(self, enough: Enough) -> bool:
         """Whether half a step from here is enough."""
-        half = self._to_come * math.sqrt(self._rate)
+        half = self._to_come * math.sqrt(self.rate)
         return len(self.steps) > 2 and enough(math.hypot(half, self._floor), self.part)
 
     def one_to_go(self, enough: Enough) -> bool:
         """Whether the next look will probably be the last."""
         if len(self.steps) < 2:
             return False
-        ahead = 0.5 * self._to_come * self._rate  # 0.1 to 1 of that in most cases, as rates still fall; 0.45 the median
+        ahead = 0.5 * self._to_come * self.rate  # 0.1 to 1 of that in most cases, as rates still fall; 0.45 the median
         return ahead < 0.5 * self._floor or enough(math.hypot(ahead, self._floor), self.part)

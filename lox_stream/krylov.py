@@ -7,6 +7,9 @@ Gram matrix, in float64, gives the best rank-k part that the space holds ("proje
 
 so A v = s u by construction, and the residual on the other side is bounded without another product.
 
+A basis that is full begins anew with its leading part (thick restart, Wu & Simon 2000): the singular vectors that it
+gives, of which A'A is known to leave no more than the next block. So its size, and what is cubic in it, is bounded.
+
 What is as long as the matrix lies on the device of its products; what is small lies on the host, where LAPACK takes
 microseconds for it. Two small Gram matrices a block come to the host, which waits for them; nothing else does.
 
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from lox_stream.bases import DEFLATION, off, orthonormal
 from lox_stream.convergence import Enough, Watch
-from lox_stream.costs import GRAM_COLUMNS
+from lox_stream.costs import GRAM_COLUMNS, kept_columns
 from lox_stream.errors import DataError
 from lox_stream.operators import FLOAT32_SCALE, Normal, Operator, device_of, power_of_two, upload
 
@@ -91,7 +94,7 @@ class Run:
         return rows if self.scale == 1.0 else rows * self.scale
 
 
-def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
+def iterate(runs: list[Run], rank: int, width: int, columns: int, most_blocks: int) -> None:
     """Grow the spaces of all runs, block by block; each leaves when it is done."""
     space = Space(runs[0].op.shape, len(runs), rank, columns, runs[0].device)
     block, found = _first_block(runs, width, space)
@@ -101,8 +104,8 @@ def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
             runs, stay = space.leave_exhausted(runs, spent)
             block, found = block[stay], [found[i] for i in stay]
             continue
-        full = space.size + 2 * width > columns
-        due = full or space.size + width >= rank + FIRST_LOOK
+        last = space.blocks + 1 == most_blocks
+        due = last or (space.size + width >= rank + FIRST_LOOK and not space.begun_anew)
         images = [
             run.forward(rows, last=due and run.watch.one_to_go(run.enough))
             for run, rows in zip(runs, block, strict=True)
@@ -111,9 +114,11 @@ def iterate(runs: list[Run], rank: int, width: int, columns: int) -> None:
         runs, _ = space.leave_exhausted(runs, [run.room == 0 for run in runs])
         if due and runs:
             space.look(runs)
-            runs, _ = space.leave(runs, [full or run.watch.settled(run.enough) for run in runs])
+            runs, _ = space.leave(runs, [last or run.watch.settled(run.enough) for run in runs])
         if runs:
             runs, block, found = space.next_block(runs, looked=due)
+        if runs and space.size + width > columns:
+            space.begin_anew(runs)
 
 
 def _first_block(runs: list[Run], width: int, space: Space) -> tuple[Tensor, list[int]]:
@@ -165,17 +170,20 @@ class Space:
 
     def __init__(self, shape: tuple[int, int], count: int, rank: int, columns: int, device: torch.device) -> None:
         m, n = shape
-        self.size = 0
+        self.size = self.blocks = 0
         self.basis = torch.empty(count, columns, n, dtype=torch.float32, device=device)  # P'
         self.image = torch.empty(count, columns, m, dtype=torch.float32, device=device)  # (A P)'
         self.gram = torch.zeros(count, 0, 0, dtype=torch.float64)
         self.y = torch.zeros(count, 0, rank, dtype=torch.float64)  # of the last look
         self.s: list[list[float]] = [[]] * count
+        self.squares = self.vectors = self.gram  # all of it
+        self.begun_anew = False  # since the newest block
         self._width = 0  # of the newest block
 
     def append(self, runs: list[Run], block: Tensor, found: list[int], image: Tensor) -> None:
         """Take blocks (count, width, n) of orthonormal rows, of which so many are not zero, and their images."""
         old, self._width = self.size, block.shape[1]
+        self.blocks, self.begun_anew = self.blocks + 1, False
         self.size = size = old + self._width
         self.basis[:, old:size] = block
         self.image[:, old:size] = image
@@ -195,7 +203,7 @@ class Space:
     def look(self, runs: list[Run]) -> None:
         """Take the leading eigenpairs of the Gram matrices and show the runs what they mean."""
         _, seen, rank = self.y.shape
-        values, vectors = torch.linalg.eigh(self.gram)
+        self.squares, self.vectors = values, vectors = torch.linalg.eigh(self.gram)
         y = vectors[:, :, -rank - 1 :].flip(2)
         # <B, B'> of B = A P y y' P', where y' P'A'A P = s^2 y'
         shared = (y[:, :seen, :rank].mT @ self.y).square().sum(2).tolist()
@@ -212,6 +220,26 @@ class Space:
             run.watch.look(step, run.trace, s, parts, run.squared_norm())
             self.s.append(s[:rank])
         self.y = y[:, :, :rank]
+
+    def begin_anew(self, runs: list[Run]) -> None:
+        """Keep what the last look found to be the leading part.
+
+        The next block must be off all that there was, and is: of what is kept, A'A is in the kept part and that block.
+        """
+        n, first = self.basis.shape[2], self.size - kept_columns(self.basis.shape[1])
+        squares, turn = self.squares[:, first:].flip(1), self.vectors[:, :, first:].flip(2).mT
+        real = squares > DEFLATION**2 * squares[:, :1]  # the others are rows of zeros, or rounding
+        turn, squares = turn * real[:, :, None], squares * real
+        rows = upload(turn.float(), self.basis.device)
+        old, self.size, self.begun_anew = self.size, turn.shape[1], True
+        self.basis[:, : self.size] = rows @ self.basis[:, :old]
+        self.image[:, : self.size] = rows @ self.image[:, :old]
+        self.gram = torch.diag_embed(squares)
+        self.y = torch.eye(self.size, self.y.shape[2], dtype=torch.float64).expand(len(runs), -1, -1)
+        for run, values, count in zip(runs, squares.tolist(), real.sum(1).tolist(), strict=True):
+            run.room = n - count
+            run.trace = math.fsum(values)
+            run.watch.begin_anew()
 
     def _newest_gram(self) -> Tensor:
         return self.gram[:, -self._width :, -self._width :]
@@ -277,6 +305,7 @@ class Space:
         """Only some of the matrices, in memory of their own."""
         self.basis, self.image = (_moved(rows, which, self.size) for rows in (self.basis, self.image))
         self.gram, self.y, self.s = self.gram[which], self.y[which], [self.s[i] for i in which]
+        self.squares, self.vectors = self.squares[which], self.vectors[which]
 
     def _factors(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """u' (k, m), s (k,), v' (k, n) float32 of the last look; s on the host."""

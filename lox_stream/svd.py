@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lox_stream.convergence import Enough
-from lox_stream.costs import basis_columns, block_width
+from lox_stream.costs import MOST_BLOCKS, basis_columns, block_width
 from lox_stream.krylov import Run, iterate
 from lox_stream.operators import Operator, Turned
 
@@ -53,7 +53,7 @@ def truncated_svd(
     *,
     generator: torch.Generator,
     enough: Enough | None = None,
-    max_columns: int | None = None,
+    max_blocks: int = MOST_BLOCKS,
 ) -> TruncatedSVD:
     """The `rank` leading singular triplets of `op`, 1 <= rank <= min(m, n); of those, all that rounding leaves.
 
@@ -61,9 +61,9 @@ def truncated_svd(
     Entries may be of any size that float32 holds. Raises DataError where a product or the norm is not finite.
 
     `enough(error, part)` decides when to stop, from the predicted |E|_F of the rank-k part and that part's own
-    Frobenius norm; the default asks for a relative error of 1e-5. The basis grows to at most `max_columns` vectors
-    (default `costs.basis_columns`: 512 at rank 6). Then, or when float32 has no more to give, the best result
-    is returned with `converged=False`.
+    Frobenius norm; the default asks for a relative error of 1e-5. After `max_blocks` blocks
+    of `costs.block_width` vectors, or when float32 has no more to give, the best result is returned with
+    `converged=False`.
 
     >>> diagonal = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     >>> class Operator:
@@ -73,13 +73,15 @@ def truncated_svd(
     >>> truncated_svd(Operator(), 2, generator=torch.Generator().manual_seed(0)).s.round(decimals=4).tolist()
     [3.0, 2.0]
 
-    Costs one pass a product, or two products a pass where the operator has `normal`; (m + n) * 4 bytes a basis column;
-    and deterministic bits for a given generator state, operator and one torch thread.
+    Costs one pass a product, or two products a pass where the operator has `normal`; (m + n) * 4 bytes a column of the
+    basis (`costs.basis_columns`: 128 at most at rank 6); and deterministic bits for a given generator state, operator
+    and one torch thread.
 
-    Source: Musco & Musco 2015, alg. 2; Stathopoulos & Wu 2002 for the orthonormalisation.
+    Source: Musco & Musco 2015, alg. 2; Wu & Simon 2000 for beginning anew with the leading part of a full basis;
+    Stathopoulos & Wu 2002 for the orthonormalisation.
     """
     stop = None if enough is None else [enough]
-    return truncated_svds([op], rank, generators=[generator], enough=stop, max_columns=max_columns)[0]
+    return truncated_svds([op], rank, generators=[generator], enough=stop, max_blocks=max_blocks)[0]
 
 
 def truncated_svds(
@@ -88,21 +90,20 @@ def truncated_svds(
     *,
     generators: Sequence[torch.Generator],
     enough: Sequence[Enough] | None = None,
-    max_columns: int | None = None,
+    max_blocks: int = MOST_BLOCKS,
 ) -> list[TruncatedSVD]:
     """`truncated_svd` of each of `ops`, which have one shape; a generator and an `enough` for each."""
     m, n = ops[0].shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank is {rank}, expected 1 to {min(m, n)} for a matrix of {(m, n)}")
     width = block_width(m, n, rank)
-    columns = max_columns or basis_columns(m, n, rank)
-    if columns < width:
-        raise ValueError(f"max_columns is {columns}, expected {width} or more: a block at rank {rank}")
+    if max_blocks < 1:
+        raise ValueError(f"max_blocks is {max_blocks}, expected 1 or more")
     turned = m < n and not (n <= OBLONG * m and all(hasattr(op, "normal") for op in ops))
     stops = enough or [relative(1e-5)] * len(ops)
     given = zip(ops, generators, stops, strict=True)
     runs = [Run(Turned(op) if turned else op, rank, generator, stop) for op, generator, stop in given]
-    iterate(runs, rank, width, columns)
+    iterate(runs, rank, width, basis_columns(m, n, rank), max_blocks)
     found = [_result(run) for run in runs]
     return [transposed(svd) for svd in found] if turned else found
 

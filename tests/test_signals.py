@@ -101,11 +101,11 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 @pytest.fixture(scope="module")
 def slow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Seven matrices whose deltas are noise, which takes some thirty passes each: a second or more of one thread."""
+    """Forty matrices whose deltas are noise, which takes some twenty passes each: most of a second of one thread."""
     root = tmp_path_factory.mktemp("slow pair")
     sides = root / "base", root / "aligned"
     generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.weight": torch.randn(700, 700, generator=generator) for i in range(7)}
+    base = {f"layers.{i}.weight": torch.randn(700, 700, generator=generator) for i in range(40)}
     aligned = {name: w + torch.randn(700, 700, generator=generator) * 5e-3 for name, w in base.items()}
     for side, weights in zip(sides, (base, aligned), strict=True):
         side.mkdir()
