@@ -53,20 +53,23 @@ def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return buffer[: shape.numel()].view(shape)
 
 
-def difference(w1: Tensor, w0: Tensor, scale: float = 1.0) -> Tensor:
+def difference(w1: Tensor, w0: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """(w1 - w0) * scale of one tile in float32, scale a power of two; exact but for the one rounding.
 
-    The result lies in this thread's scratch memory.
+    The result is `out`, or lies in this thread's scratch memory.
     """
     wide = torch.float64 if torch.float64 in (w1.dtype, w0.dtype) else torch.float32
-    a, b = scratch(0, w1.shape, wide), scratch(1, w1.shape, wide)
+    a = out if out is not None and wide == torch.float32 else scratch(0, w1.shape, wide)
+    b = scratch(1, w1.shape, wide)
     a.copy_(w1)
     b.copy_(w0)
     if scale != 1.0:
         a.mul_(scale)
         b.mul_(scale)
     a.sub_(b)
-    return a if wide == torch.float32 else scratch(2, w1.shape, torch.float32).copy_(a)
+    if wide == torch.float32:
+        return a
+    return (scratch(2, w1.shape, torch.float32) if out is None else out).copy_(a)
 
 
 def delta_matmul(

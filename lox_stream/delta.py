@@ -120,7 +120,7 @@ class KeptDelta:
         for top in range(0, w1.shape[0], rows):
             for left in range(0, w1.shape[1], columns):
                 tile = slice(top, top + rows), slice(left, left + columns)
-                squares.append(sum_of_squares(self.dense[tile].copy_(difference(w1[tile], w0[tile], self.scale))))
+                squares.append(sum_of_squares(difference(w1[tile], w0[tile], self.scale, self.dense[tile])))
         return _sum(squares)
 
     @property

@@ -35,13 +35,17 @@ def gram_svd(a: Tensor, rank: int) -> TruncatedSVD:
     gram = _lower_gram(a)
     squares, vectors = torch.linalg.eigh(gram)
     u = torch.linalg.qr(vectors[:, -rank:].flip(1).double())[0]
-    left, s, vh = torch.linalg.svd((u.T.to(a.dtype) @ a).double(), full_matrices=False)
+    q, r = torch.linalg.qr((u.T.to(a.dtype) @ a).double().T)  # LAPACK's SVD of few long rows takes twice as long
+    left, s, turn = torch.linalg.svd(r.T)
+    vh = turn @ q.T
     after = math.sqrt(max(float(squares[-rank - 1]), 0.0)) if len(squares) > rank else 0.0
     return _found(a, u @ left, s, vh, DEFLATION, after, float(gram.diagonal().double().sum()))
 
 
 def _lower_gram(a: Tensor) -> Tensor:
     """The Gram matrix of the rows of `a` (m, n), as `eigh` reads it: without what lies above the diagonal."""
+    if len(a) <= GRAM_BAND:
+        return a @ a.T
     gram = a.new_zeros(len(a), len(a))
     for top in range(0, len(a), GRAM_BAND):
         band = slice(top, top + GRAM_BAND)

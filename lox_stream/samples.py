@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SAMPLED_RUNS, SAMPLED_RUN = 128, 64  # of consecutive elements
-LOWEST_EXPONENT = -1100  # below those of all float64 numbers
+BOUND = 1100  # of the exponents of all float64 numbers; zero counts as under the lowest
 MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean |x| / rms x
 UNDER_UPDATE = 3.0  # flips where |W1| is below the update's rms, against those at its grid: the update may be small too
 FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -25,9 +26,10 @@ class Sample:
         self.weight_norm = norm_of(some) * math.sqrt(w1.numel() / some.numel())
         finfo = torch.finfo(dtype)
         self._eps, self._tiny = finfo.eps, finfo.tiny
-        exponents = torch.where(some == 0, LOWEST_EXPONENT, torch.frexp(some)[1]).clamp_(LOWEST_EXPONENT)
+        values = some.numpy()
+        exponents = np.where(values == 0, -BOUND, np.frexp(values)[1]).clip(-BOUND, BOUND)  # of NaN: anything
         lowest = int(exponents.min())
-        counts = torch.bincount(exponents - lowest).tolist()
+        counts = np.bincount(exponents - lowest).tolist()
         self._exponents: list[tuple[int, float]] = [
             (lowest + e, count / some.numel()) for e, count in enumerate(counts) if count
         ]
