@@ -9,10 +9,58 @@ from lox_stream.bases import DEFLATION, EPS
 
 UNITS = 4  # of rounding that a product may be off by
 ROUNDING = UNITS * EPS  # what float32 products leave in a triplet, as a share of s_1
-RATE_KEPT = 0.6  # at most, of a rate from before the space began anew: a slow one may be over
+RATE_KEPT = 0.5  # at most, of a rate from before the space began anew: a slow one may be over
+SLOWEST = 0.999  # rate that is reckoned with
 NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
 
 Enough = Callable[[float, float], bool]  # enough(predicted |E|_F, |rank-k part|_F)
+
+
+class Pace:
+    """Steps of the rank-k part, |B - earlier B|_F from look to look, and the rate at which they get shorter."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []  # of a block each
+        self.rate = SLOWEST  # a step over the one before it
+        self._seen: list[float] = []  # rates that the steps alone tell, of each look
+        self._before = 0.0  # the rate when the space last began anew
+        self._spans_two = False  # blocks, the next step
+        self._double: float | None = None  # the last step, if it did
+
+    def add(self, step: float) -> None:
+        """The step to a new look."""
+        self.steps.append(step)
+        if self._spans_two:
+            rate, self._double, self._spans_two = self._before, step, False
+            self.steps[-1] *= rate / math.hypot(1.0, rate)
+        elif self._double is not None:
+            rate, self._double = self._after(self._double, step), None
+            self.steps[-2] = step / rate
+        else:
+            rate = self._of_last_three()
+        self._seen.append(rate)
+        self.rate = max(rate, self._before)
+
+    def begin_anew(self) -> None:
+        """The space begins anew, and is not looked at after its first block, which brings half of what others do.
+
+        So the next step spans two, and what the second has of it is known by the rate that there was, until the step
+        after it tells. That rate is one to reckon with from here on, for the last steps before the next beginning get
+        shorter faster than those that come.
+        """
+        self._before, self._spans_two = min(max(self._seen[-2:]), RATE_KEPT), True
+
+    def _of_last_three(self) -> float:
+        d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
+        return min(max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else SLOWEST, SLOWEST)
+
+    @staticmethod
+    def _after(double: float, step: float) -> float:
+        """The rate r of a step after two of which the sum is known: double^2 = (step / r)^2 + (step / r^2)^2."""
+        if double <= step or step == 0.0:
+            return SLOWEST
+        q = (double / step) ** 2
+        return min(math.sqrt((math.sqrt(1.0 + 4.0 * q) + 1.0) / (2.0 * q)), SLOWEST)
 
 
 class Watch:
@@ -21,11 +69,7 @@ class Watch:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.norm = 0.0  # running estimate of |A|_2, from below
-        self.steps: list[float] = []  # |B - earlier B|_F, a look apart
-        self.rate = 1.0  # by which a step is shorter than the one before it
-        self._rate_seen = 1.0  # by the last steps alone
-        self._rate_before = 0.0  # the space began anew
-        self._spans_two = False  # blocks, the next step
+        self.pace = Pace()
         self.s: list[float] = []
         self.radius: list[float] = []
         self.next = self.next_radius = 0.0  # of s_(k+1)
@@ -38,14 +82,7 @@ class Watch:
     def look(self, step: float, trace: float, s: list[float], shares: list[float], squared_norm: float) -> None:
         """`step` is |B - earlier B|_F^2, `trace` |A P|_F^2, `shares` the newest images' part of each s u."""
         values = [value for value in s if value > 0]
-        self.steps.append(math.sqrt(max(step, 0.0)))
-        if self._spans_two:
-            self._rate_seen = self._rate_before
-            self.steps[-1] *= self._rate_before / math.hypot(1.0, self._rate_before)
-        else:
-            self._rate_seen = self._rate_of_steps()
-        self.rate = max(self._rate_seen, self._rate_before)
-        self._spans_two = False
+        self.pace.add(math.sqrt(max(step, 0.0)))
         self.norm = values[0] if values else 0.0
         self.missed = math.sqrt(max(squared_norm - trace, 0.0) + ROUNDING * squared_norm)  # of either sum
         radius = [
@@ -59,15 +96,6 @@ class Watch:
     def _rounding(self, value: float) -> float:
         """What float32, and the directions that were dropped, leave in the residual of a value."""
         return math.sqrt(max(self.blocks, 1)) * self.noise * (ROUNDING + DEFLATION * self.norm / value) * self.norm
-
-    def begin_anew(self) -> None:
-        """The space begins anew, and is not looked at after its first block, which brings half of what others do.
-
-        So the next step spans two, and what the second has of it is known by the rate that there was, the steps being
-        about orthogonal. That rate is one to reckon with from here on: the last steps before the next beginning get
-        shorter faster than those that come.
-        """
-        self._rate_before, self._spans_two = min(self._rate_seen, RATE_KEPT), True
 
     def exhaust(self) -> None:
         """The space is invariant: the last look saw the matrix itself, up to rounding."""
@@ -98,17 +126,13 @@ class Watch:
         """
         return math.hypot(self._to_come, self._floor)
 
-    def _rate_of_steps(self) -> float:
-        d2, d1, d0 = ([math.inf, math.inf, *self.steps])[-3:]
-        return min(max(d0 / d1, math.sqrt(d0 / d2)) if d1 and d2 else 1.0, 0.999)
-
     @property
     def _to_come(self) -> float:
         """What further products would change."""
-        if self.exhausted or not self.steps or self.steps[-1] == 0.0:
+        if self.exhausted or not self.pace.steps:
             return 0.0
-        to_come = self.steps[-1] * self.rate / math.sqrt(1 - self.rate)
-        return to_come * math.sqrt(self.rate) if self.halved else to_come
+        to_come = self.pace.steps[-1] * self.pace.rate / math.sqrt(1 - self.pace.rate)
+        return to_come * math.sqrt(self.pace.rate) if self.halved else to_come
 
     @property
     def _floor(self) -> float:
@@ -136,16 +160,17 @@ class Watch:
 
     def settled(self, enough: Enough) -> bool:
         """Converged, or as near to it as float32 comes; three looks at least, for two steps make a rate."""
-        return len(self.steps) > 2 and (self.converged(enough) or self._to_come < 0.5 * self._floor)
+        return len(self.pace.steps) > 2 and (self.converged(enough) or self._to_come < 0.5 * self._floor)
 
     def half_way(self, enough: Enough) -> bool:
         """Whether half a step from here is enough."""
-        half = self._to_come * math.sqrt(self.rate)
-        return len(self.steps) > 2 and enough(math.hypot(half, self._floor), self.part)
+        half = self._to_come * math.sqrt(self.pace.rate)
+        return len(self.pace.steps) > 2 and enough(math.hypot(half, self._floor), self.part)
 
     def one_to_go(self, enough: Enough) -> bool:
         """Whether the next look will probably be the last."""
-        if len(self.steps) < 2:
+        if len(self.pace.steps) < 2:
             return False
-        ahead = 0.5 * self._to_come * self.rate  # 0.1 to 1 of that in most cases, as rates still fall; 0.45 the median
+        # 0.1 to 1 of to_come * rate in most cases, as rates still fall; 0.45 the median
+        ahead = 0.5 * self._to_come * self.pace.rate
         return ahead < 0.5 * self._floor or enough(math.hypot(ahead, self._floor), self.part)

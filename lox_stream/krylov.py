@@ -239,7 +239,7 @@ class Space:
         for run, values, count in zip(runs, squares.tolist(), real.sum(1).tolist(), strict=True):
             run.room = n - count
             run.trace = math.fsum(values)
-            run.watch.begin_anew()
+            run.watch.pace.begin_anew()
 
     def _newest_gram(self) -> Tensor:
         return self.gram[:, -self._width :, -self._width :]
