@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense import Dense, OnePass
 
-from lox_stream.convergence import NO_GAP
+from lox_stream.convergence import NO_GAP, RATE_KEPT, SLOWEST, Pace
 from lox_stream.costs import basis_columns, block_width
 from lox_stream.krylov import Space
 from lox_stream.svd import relative, truncated_svd, truncated_svds
@@ -289,6 +289,29 @@ def test_a_full_basis_begins_anew(kind, monkeypatch):
     assert max(sizes) == basis_columns(640, 320, RANK) == 64
     assert sum(later < earlier for earlier, later in itertools.pairwise(sizes)) >= 2
     assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_the_step_after_a_double_one_takes_it_apart(rate):
+    pace = Pace()
+    for i in range(4):
+        pace.add(rate**i)
+    pace.begin_anew()
+    pace.add(math.hypot(rate**4, rate**5))
+    assert pace.rate == pytest.approx(min(rate, RATE_KEPT))
+    pace.add(rate**6)
+    assert pace.rate == pytest.approx(rate)
+    assert pace.steps[-2] == pytest.approx(rate**5)
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0, 2.0])
+def test_steps_that_do_not_get_shorter_are_no_reason_to_stop(step):
+    pace = Pace()
+    pace.add(1.0)
+    pace.begin_anew()
+    pace.add(1.0)
+    pace.add(step)
+    assert pace.rate == SLOWEST
 
 
 def test_out_of_blocks_is_reported_and_the_best_is_returned():
