@@ -9,7 +9,7 @@ from lox_stream.bases import DEFLATION, EPS
 
 UNITS = 4  # of rounding that a product may be off by
 ROUNDING = UNITS * EPS  # what float32 products leave in a triplet, as a share of s_1
-RATE_KEPT = 0.5  # at most, of a rate from before the space began anew: a slow one may be over
+RATE_KEPT = 0.7  # at most, of a rate from before the space began anew: a slow one may be over
 SLOWEST = 0.999  # rate that is reckoned with
 NO_GAP = 1e-5  # (s_k - s_(k+1)) / s_k that float32 cannot tell from zero
 
@@ -23,7 +23,7 @@ class Pace:
         self.steps: list[float] = []  # of a block each
         self.rate = SLOWEST  # a step over the one before it
         self._seen: list[float] = []  # rates that the steps alone tell, of each look
-        self._before = 0.0  # the rate when the space last began anew
+        self._before = 0.0  # least rate to reckon with, since the space last began anew
         self._spans_two = False  # blocks, the next step
         self._double: float | None = None  # the last step, if it did
 
@@ -36,6 +36,7 @@ class Pace:
         elif self._double is not None:
             rate, self._double = self._after(self._double, step), None
             self.steps[-2] = step / rate
+            self._before = min(self._before, rate)
         else:
             rate = self._of_last_three()
         self._seen.append(rate)
@@ -45,8 +46,8 @@ class Pace:
         """The space begins anew, and is not looked at after its first block, which brings half of what others do.
 
         So the next step spans two, and what the second has of it is known by the rate that there was, until the step
-        after it tells. That rate is one to reckon with from here on, for the last steps before the next beginning get
-        shorter faster than those that come.
+        after it tells. That one's rate, or the one before, is the least to reckon with from there on: the last steps
+        before the next beginning get shorter faster than those that come.
         """
         self._before, self._spans_two = min(max(self._seen[-2:]), RATE_KEPT), True
 

@@ -282,7 +282,7 @@ def test_a_full_basis_begins_anew(kind, monkeypatch):
     sizes = []
     append = Space.append
     monkeypatch.setattr(Space, "append", lambda self, *given: append(self, *given) or sizes.append(self.size))
-    a = planted("noise 0.97", 640, 320).float().double()
+    a = matrix(640, 320, noise_and_spikes(320, 0.99), generator(2)).double()
     found = truncated_svd(kind(a), RANK, generator=generator())
     part, _ = rank_part(a)
     assert found.converged
