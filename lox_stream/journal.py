@@ -29,9 +29,7 @@ from lox_stream.output_rules import JOURNAL
 from lox_stream.planning import Plan, inputs_of
 from lox_stream.shards import is_regular, parse_json, source_name
 
-FORMAT = (
-    3  # 1: weights were tied by their names alone, and padding rows were rows; 2: hard matrices had other last bits
-)
+FORMAT = 3  # 1: weights tied by their names alone, padding rows as rows; 2: other last bits of hard matrices
 SAMPLE_PIECES, SAMPLE_BYTES = 16, 4096
 FREE_OPTIONS = ("memory_bytes", "threads", "gpu_memory_bytes", "kernels")  # no byte depends on them, or "device" tells
 REQUIRED_FLOATS = ("delta_norm", "weight_norm", "update_norm")

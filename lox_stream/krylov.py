@@ -104,7 +104,7 @@ def iterate(runs: list[Run], rank: int, width: int, columns: int, most_blocks: i
             runs, stay = space.leave_exhausted(runs, spent)
             block, found = block[stay], [found[i] for i in stay]
             continue
-        last = space.blocks + 1 == most_blocks
+        last = runs[0].watch.blocks + 1 == most_blocks
         due = last or (space.size + width >= rank + FIRST_LOOK and not space.begun_anew)
         images = [
             run.forward(rows, last=due and run.watch.one_to_go(run.enough))
@@ -170,7 +170,7 @@ class Space:
 
     def __init__(self, shape: tuple[int, int], count: int, rank: int, columns: int, device: torch.device) -> None:
         m, n = shape
-        self.size = self.blocks = 0
+        self.size = 0
         self.basis = torch.empty(count, columns, n, dtype=torch.float32, device=device)  # P'
         self.image = torch.empty(count, columns, m, dtype=torch.float32, device=device)  # (A P)'
         self.gram = torch.zeros(count, 0, 0, dtype=torch.float64)
@@ -182,8 +182,7 @@ class Space:
 
     def append(self, runs: list[Run], block: Tensor, found: list[int], image: Tensor) -> None:
         """Take blocks (count, width, n) of orthonormal rows, of which so many are not zero, and their images."""
-        old, self._width = self.size, block.shape[1]
-        self.blocks, self.begun_anew = self.blocks + 1, False
+        old, self._width, self.begun_anew = self.size, block.shape[1], False
         self.size = size = old + self._width
         self.basis[:, old:size] = block
         self.image[:, old:size] = image
