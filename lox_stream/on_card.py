@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -160,12 +160,13 @@ class OnCard:
 
     @contextmanager
     def _all_done(self) -> Iterator[None]:
-        """After an error, wait: what is on its way must not find its memory in other hands."""
+        """After an error, wait: what is on its way must not find its memory in other hands. The first error counts."""
         try:
             yield
         except BaseException:
             for lane in (self._moves.into, *self._computing.all, self._moves.back):
-                lane.record().wait()
+                with suppress(RuntimeError):
+                    lane.record().wait()
             raise
 
 

@@ -88,6 +88,7 @@ class LateLane:
         self.given: list[Callable[[], object]] = []
         self._done = 0
         self._advancing = False
+        self._failed: dict[int, Exception] = {}  # what a thread launched and another one carried out
 
     @property
     def left(self) -> int:
@@ -98,9 +99,17 @@ class LateLane:
         self._give(lambda: plain(to).copy_(plain(source)))
 
     def launch(self, work: Callable[[], None]) -> None:
+        """Whoever launched work that fails is told, when it waits next, whoever else came upon it first."""
+        launcher = threading.get_ident()
+
         def there() -> None:
-            with self.card.entered():
-                work()
+            try:
+                with self.card.entered():
+                    work()
+            except Exception as error:
+                if threading.get_ident() != launcher:
+                    self._failed[launcher] = error
+                raise
 
         self._give(there)
 
@@ -134,6 +143,9 @@ class LateLane:
                     self.given[self._done - 1]()
             finally:
                 self._advancing = False
+            failed = self._failed.pop(threading.get_ident(), None)
+            if failed is not None:
+                raise failed
 
 
 class LateEvent:
