@@ -279,15 +279,22 @@ def test_a_pair_of_equal_values_at_the_border_is_not_unique():
 @KINDS
 def test_a_full_basis_begins_anew(kind, monkeypatch):
     """As often as it takes, with no more columns than were promised, and ends at the very part."""
-    sizes = []
-    append = Space.append
-    monkeypatch.setattr(Space, "append", lambda self, *given: append(self, *given) or sizes.append(self.size))
+    append, sizes, held = Space.append, [], []
+
+    def appended(self, runs, *given):
+        append(self, runs, *given)
+        sizes.append(self.size)
+        held.append((runs[0].trace, float(self.image[0, : self.size].double().square().sum())))
+
+    monkeypatch.setattr(Space, "append", appended)
     a = matrix(640, 320, noise_and_spikes(320, 0.99), generator(2)).double()
     found = truncated_svd(kind(a), RANK, generator=generator())
     part, _ = rank_part(a)
     assert found.converged
     assert max(sizes) == basis_columns(640, 320, RANK) == 64
     assert sum(later < earlier for earlier, later in itertools.pairwise(sizes)) >= 2
+    for told, true in held:  # else what the space does not hold of the matrix would be bounded by too little
+        assert told == pytest.approx(true, rel=1e-6)
     assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
 
 
