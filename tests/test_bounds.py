@@ -123,6 +123,23 @@ def test_what_is_called_rigorous_holds(spectrum, m, n, rank, tolerance, kind, si
     check(a, found, rank)
 
 
+@pytest.mark.torture
+@settings(max_examples=4000, deadline=None)
+@given(
+    spectrum=spectra(),
+    m=st.integers(70, 240),
+    n=st.integers(70, 240),
+    rank=st.integers(1, 20),
+    tolerance=st.sampled_from([1e-2, 1e-3, 1e-4, 1e-5]),
+    kind=st.sampled_from([Dense, OnePass]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_it_holds_in_thousands_of_cases_that_begin_anew(spectrum, m, n, rank, tolerance, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = matrix(m, n, spectrum(min(m, n)), generator)
+    check(a, truncated_svd(kind(a), rank, generator=generator, enough=relative(tolerance)), rank)
+
+
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-22, 1e22, 1e30])
 @pytest.mark.parametrize("kind", [Dense, OnePass])
 @pytest.mark.parametrize("rank", [6, 200])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense import Dense, OnePass
 
+from lox_stream.bases import orthonormal
 from lox_stream.convergence import NO_GAP, RATE_KEPT, SLOWEST, Pace
 from lox_stream.costs import basis_columns, block_width
 from lox_stream.krylov import Space
@@ -219,6 +220,15 @@ def test_rounding_never_passes_for_a_dimension_more(seed):
         found = truncated_svd(Dense(a), RANK, generator=generator(seed))
         part, _ = rank_part(a)
         assert float(torch.linalg.norm(product(found) - part)) <= 2e-5 * float(torch.linalg.norm(part))
+
+
+def test_a_row_that_two_projections_leave_little_of_is_no_direction():
+    """Else rounding, made as long as a row, brings old ones back: they would be in the basis twice."""
+    old = torch.linalg.qr(torch.randn(100, 20, generator=generator()))[0].T.contiguous()[None]
+    old[0, 1] += 1e-5 * old[0, 0]  # so a projection leaves that much
+    rows, found = orthonormal(torch.randn(1, 8, 20, generator=generator()) @ old, old, [1.0], [80])
+    assert found == [0]
+    assert not rows.any()
 
 
 @pytest.mark.parametrize("true_rank", [1, 3, 5])
