@@ -104,17 +104,21 @@ def check(a, found, rank):
     assert float((v.T @ v - eye).abs().max()) <= apart
 
 
+def drawn(least, most, rank):
+    """Strategies for matrices with sides from `least` to `most`, and what is asked of them."""
+    return {
+        "spectrum": spectra(),
+        "m": st.integers(least, most),
+        "n": st.integers(least, most),
+        "rank": st.integers(1, rank),
+        "tolerance": st.sampled_from([1e-1, 1e-2, 1e-3, 1e-5]),
+        "kind": st.sampled_from([Dense, OnePass]),
+        "seed": st.integers(0, 1 << 20),
+    }
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    spectrum=spectra(),
-    m=st.integers(1, 90),
-    n=st.integers(1, 90),
-    rank=st.integers(1, 12),
-    tolerance=st.sampled_from([1e-1, 1e-2, 1e-3, 1e-5]),
-    kind=st.sampled_from([Dense, OnePass]),
-    size=st.sampled_from([1.0, 1.0, 1.0, 1e-40, 1e-30, 1e30]),
-    seed=st.integers(0, 1 << 20),
-)
+@given(**drawn(1, 90, 12), size=st.sampled_from([1.0, 1.0, 1.0, 1e-40, 1e-30, 1e30]))
 def test_what_is_called_rigorous_holds(spectrum, m, n, rank, tolerance, kind, size, seed):
     generator = torch.Generator().manual_seed(seed)
     a = matrix(m, n, spectrum(min(m, n)), generator) * size
@@ -125,15 +129,7 @@ def test_what_is_called_rigorous_holds(spectrum, m, n, rank, tolerance, kind, si
 
 @pytest.mark.torture
 @settings(max_examples=4000, deadline=None)
-@given(
-    spectrum=spectra(),
-    m=st.integers(70, 240),
-    n=st.integers(70, 240),
-    rank=st.integers(1, 20),
-    tolerance=st.sampled_from([1e-2, 1e-3, 1e-4, 1e-5]),
-    kind=st.sampled_from([Dense, OnePass]),
-    seed=st.integers(0, 1 << 20),
-)
+@given(**drawn(70, 240, 20))
 def test_it_holds_in_thousands_of_cases_that_begin_anew(spectrum, m, n, rank, tolerance, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     a = matrix(m, n, spectrum(min(m, n)), generator)
